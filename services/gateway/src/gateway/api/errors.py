@@ -1,0 +1,114 @@
+"""OpenAI's error envelope: the one place where an exception becomes an HTTP answer.
+
+Routes raise PlatformError and never build an error by hand.
+"""
+
+import math
+from collections.abc import Mapping
+from http import HTTPStatus
+
+import orjson
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chassis.errors import Code, PlatformError, http_status, openai_type
+
+INTERNAL_MESSAGE = "the server had an error; quote the x-request-id header when you report it"
+
+_REASONS: Mapping[Code, str] = {
+    Code.UNAUTHENTICATED: "invalid_api_key",
+    Code.RATE_LIMITED: "rate_limit_exceeded",
+    Code.PAYLOAD_TOO_LARGE: "payload_too_large",
+    Code.INVALID_ARGUMENT: "invalid_value",
+}
+_HTTP_CODES: Mapping[int, Code] = {
+    404: Code.NOT_FOUND,
+    405: Code.METHOD_NOT_ALLOWED,
+    413: Code.PAYLOAD_TOO_LARGE,
+    415: Code.UNSUPPORTED_MEDIA_TYPE,
+}
+
+
+def error_code(error: PlatformError) -> str:
+    """The `code` field of the envelope: the error's own reason, or its class in lower case."""
+    return error.reason or _REASONS.get(error.code, error.code.value.lower())
+
+
+def envelope(error: PlatformError) -> dict[str, object]:
+    """OpenAI's error object."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": openai_type(error.code),
+            "param": error.param,
+            "code": error_code(error),
+        }
+    }
+
+
+def error_headers(error: PlatformError) -> dict[str, str]:
+    """The headers that belong to an error."""
+    headers: dict[str, str] = {}
+    status = http_status(error.code)
+    if error.retry_after_s is not None or status in (429, 503):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s or 1.0)))
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers["www-authenticate"] = "Bearer"
+    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        # The rest of the body was not read: the connection cannot be used again.
+        headers["connection"] = "close"
+    return headers
+
+
+def error_response(error: PlatformError) -> Response:
+    """The whole answer for an error."""
+    return Response(
+        orjson.dumps(envelope(error)),
+        status_code=http_status(error.code),
+        headers=error_headers(error),
+        media_type="application/json",
+    )
+
+
+def internal_error() -> PlatformError:
+    """What the client learns of an unexpected exception: nothing of its inside."""
+    return PlatformError(Code.INTERNAL, INTERNAL_MESSAGE, reason="internal_error")
+
+
+def from_http_exception(error: HTTPException, method: str, path: str) -> PlatformError:
+    """Translates what the router raises for an unknown path or method."""
+    code = _HTTP_CODES.get(error.status_code)
+    if code is Code.NOT_FOUND:
+        return PlatformError(code, f"unknown request URL: {method} {path}", reason="unknown_url")
+    if code is Code.METHOD_NOT_ALLOWED:
+        return PlatformError(code, f"{method} is not allowed on {path}", reason="method_not_allowed")
+    if code is not None:
+        return PlatformError(code, str(error.detail))
+    if 400 <= error.status_code < 500:
+        return PlatformError(Code.INVALID_ARGUMENT, str(error.detail))
+    return internal_error()
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of the routes leave in the envelope."""
+
+    async def platform_error(_: Request, exc: Exception) -> Response:
+        assert isinstance(exc, PlatformError)
+        return error_response(exc)
+
+    async def http_exception(request: Request, exc: Exception) -> Response:
+        assert isinstance(exc, HTTPException)
+        response = error_response(from_http_exception(exc, request.method, request.url.path))
+        for name, value in (exc.headers or {}).items():
+            response.headers[name] = value
+        return response
+
+    async def unexpected(_: Request, __: Exception) -> Response:
+        # Starlette raises the exception again after this answer, and the outermost middleware logs it.
+        return error_response(internal_error())
+
+    app.add_exception_handler(PlatformError, platform_error)
+    app.add_exception_handler(HTTPException, http_exception)
+    app.add_exception_handler(Exception, unexpected)

@@ -1,0 +1,133 @@
+"""Reads JSON bodies from strangers: strict JSON first, then the shape, every refusal a 400 that names the field."""
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from chassis.errors import Code, PlatformError
+
+MAX_DEPTH = 64
+_THREAD_FROM_BYTES = 128 * 1024  # larger bodies take over 5 ms to check and would hold up the event loop
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Body(BaseModel):
+    """Base of request bodies: no coercion between types; fields that we do not know are tolerated, as OpenAI does."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+class _Refused(ValueError):
+    """The JSON text breaks a rule that the parser itself lets pass."""
+
+
+async def read_json(request: Request, model: type[M]) -> M:
+    """Reads and checks the body; raises INVALID_ARGUMENT, UNSUPPORTED_MEDIA_TYPE or PAYLOAD_TOO_LARGE."""
+    _check_headers(request)
+    raw = await request.body()
+    if len(raw) > _THREAD_FROM_BYTES:
+        return await asyncio.to_thread(_decode, raw, model)
+    return _decode(raw, model)
+
+
+def _decode(raw: bytes, model: type[M]) -> M:
+    return validate(parse_json(raw), model)
+
+
+def _check_headers(request: Request) -> None:
+    media_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise PlatformError(
+            Code.UNSUPPORTED_MEDIA_TYPE,
+            f"content-type must be application/json, not {media_type[:100]!r}",
+            param="content-type",
+        )
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise PlatformError(
+            Code.UNSUPPORTED_MEDIA_TYPE, "send the body without content-encoding", param="content-encoding"
+        )
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """Parses an object; refuses bad UTF-8, lone surrogates, NaN, repeated keys and deep nesting with INVALID_ARGUMENT."""
+    try:
+        value = orjson.loads(raw)  # refuses bad UTF-8, lone surrogates, NaN, infinities and over 1024 levels
+        _check_depth(value)
+        json.loads(raw, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise PlatformError(
+            Code.INVALID_ARGUMENT, f"the body is not valid JSON: {error}", reason="invalid_json"
+        ) from None
+    if not isinstance(value, dict):
+        raise PlatformError(Code.INVALID_ARGUMENT, "the body must be a JSON object", reason="invalid_type")
+    return value
+
+
+def _check_depth(value: object) -> None:
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for node in level:
+            children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+            below.extend(child for child in children if isinstance(child, dict | list))
+        if not below:
+            return
+        level = below
+    raise _Refused(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> None:
+    seen = {key for key, _ in pairs}
+    if len(seen) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise _Refused(f"the key {repeated[:100]!r} appears twice in one object")
+
+
+def validate(value: Mapping[str, Any], model: type[M]) -> M:
+    """Checks the shape; raises INVALID_ARGUMENT that names the first field at fault."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise _named(error, value) from None
+    except RecursionError:
+        raise PlatformError(Code.INVALID_ARGUMENT, "the body is nested too deep", reason="invalid_value") from None
+
+
+def _named(error: ValidationError, value: object) -> PlatformError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    param = field_path(first["loc"], value, missing=first["type"] == "missing")
+    kind = first["type"]
+    reason = "invalid_value"
+    if kind == "missing":
+        reason = "missing_required_parameter"
+    elif kind.endswith(("_type", "_parsing", "int_from_float")):
+        reason = "invalid_type"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = f"{param}: {message}" if param else message
+    return PlatformError(Code.INVALID_ARGUMENT, shown, param=param, reason=reason)
+
+
+def field_path(loc: Sequence[int | str], value: object, *, missing: bool = False) -> str | None:
+    """Renders pydantic's location as messages[0].content.
+
+    Pydantic mixes names of union members into a location; what is no place in the value is left out.
+    """
+    path = ""
+    for position, step in enumerate(loc):
+        if isinstance(value, Mapping) and step in value:
+            value = value[step]
+            path += f".{step}" if path else str(step)
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+            path += f"[{step}]"
+        elif missing and position == len(loc) - 1:
+            path += f".{step}" if path else str(step)
+    return path[:200] or None
