@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -56,7 +57,7 @@ def _check_headers(request: Request) -> None:
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """Parses an object; refuses bad UTF-8, lone surrogates, NaN, repeated keys and deep nesting with INVALID_ARGUMENT."""
+    """Parses an object; INVALID_ARGUMENT for bad UTF-8, lone surrogates, NaN, repeated keys and deep nesting."""
     try:
         value = orjson.loads(raw)  # refuses bad UTF-8, lone surrogates, NaN, infinities and over 1024 levels
         _check_depth(value)
@@ -86,8 +87,7 @@ def _check_depth(value: object) -> None:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> None:
     seen = {key for key, _ in pairs}
     if len(seen) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
+        repeated = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise _Refused(f"the key {repeated[:100]!r} appears twice in one object")
 
 

@@ -1,0 +1,193 @@
+"""The inference graph: walks a request through its nodes and streams what the last one gives.
+
+One building block so far: the sequence, where each node gets what the one before it gave. A node says which kind of
+value it takes and gives, so that a wrong order is refused when the graph is put together and not by a request.
+Knows nothing of HTTP, gRPC or files.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractContextManager, aclosing
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from chassis.errors import Code, PlatformError
+from gateway.core.services import (
+    Chat,
+    GenerationEvent,
+    Grammar,
+    Prompt,
+    Sampling,
+    Source,
+    Stopping,
+)
+
+
+class GraphError(ValueError):
+    """A graph's declaration is wrong; the message says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """The moment, on the monotonic clock, after which nobody waits for the answer."""
+
+    at_s: float
+
+    @staticmethod
+    def after(timeout_s: float) -> "Deadline":
+        """The deadline that far from now."""
+        return Deadline(time.monotonic() + timeout_s)
+
+    def remaining_s(self) -> float:
+        """Seconds that are left; raises DEADLINE_EXCEEDED when there are none."""
+        left_s = self.at_s - time.monotonic()
+        if left_s <= 0:
+            raise PlatformError(Code.DEADLINE_EXCEEDED, "the request took longer than the server allows")
+        return left_s
+
+
+@dataclass(frozen=True, slots=True)
+class GraphRequest:
+    """What a client asks of a graph."""
+
+    prompt: Prompt
+    tenant: str
+    sampling: Sampling = Sampling()
+    stopping: Stopping = Stopping()
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+    collection: str | None = None  # None: the one that the graph declares
+
+
+@dataclass(frozen=True, slots=True)
+class Grounding:
+    """Whether the answer rests on documents, and on which; comes before the first text."""
+
+    grounded: bool
+    sources: tuple[Source, ...] = ()
+
+
+GraphEvent = GenerationEvent | Grounding
+
+
+class ValueKind(StrEnum):
+    """What passes from node to node."""
+
+    REQUEST = "request"  # the request itself: what the first node gets
+    VECTOR = "vector"  # the question and its vector
+    SOURCES = "sources"  # the question and what was found for it
+    STREAM = "stream"  # the events of the answer
+
+
+@dataclass(frozen=True, slots=True)
+class QueryVector:
+    """The question and its vector."""
+
+    question: str
+    vector: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The question and the chunks that were found for it, best first."""
+
+    question: str
+    sources: tuple[Source, ...]
+
+
+Value = None | QueryVector | Found
+"""None stands for the request, which every node can see."""
+
+
+class Node(Protocol):
+    """What every node of a graph has."""
+
+    @property
+    def id(self) -> str:
+        """Its name within the graph."""
+        ...
+
+    @property
+    def takes(self) -> ValueKind:
+        """What it needs from the node before it."""
+        ...
+
+    @property
+    def gives(self) -> ValueKind:
+        """What it hands on."""
+        ...
+
+
+class Step(Node, Protocol):
+    """A node that answers once."""
+
+    async def call(self, value: Value, request: GraphRequest, deadline: Deadline) -> Value:
+        """Does its part; raises PlatformError."""
+        ...
+
+
+class Answer(Node, Protocol):
+    """The node that ends a graph and streams."""
+
+    def stream(self, value: Value, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
+        """Streams the answer's events, Done last; raises PlatformError; closing it stops the work."""
+        ...
+
+
+SpanFactory = Callable[[str], AbstractContextManager[object]]
+
+
+class Sequenced:
+    """A graph whose nodes run one after the other."""
+
+    def __init__(
+        self, name: str, description: str, steps: Sequence[Step], answer: Answer, span: SpanFactory, model: str
+    ) -> None:
+        _check_chain(name, [*steps, answer])
+        self.name = name
+        self.description = description
+        self.model = model  # the generator's model that answers in the end
+        self._steps = tuple(steps)
+        self._answer = answer
+        self._span = span
+
+    async def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
+        """Walks the graph; the caller closes it (contextlib.aclosing) in the task that iterates it."""
+        value: Value = None
+        for step in self._steps:
+            with self._span(f"graph.{step.id}"):
+                value = await step.call(value, request, deadline)
+        with self._span(f"graph.{self._answer.id}"):
+            async with aclosing(self._answer.stream(value, request, deadline)) as events:
+                async for event in events:
+                    yield event
+
+
+def _check_chain(name: str, nodes: Sequence[Node]) -> None:
+    given = ValueKind.REQUEST
+    for node in nodes:
+        if node.takes is not given:
+            raise GraphError(f"node {node.id!r} of graph {name!r} takes {node.takes}, but gets {given}")
+        given = node.gives
+    if given is not ValueKind.STREAM:
+        raise GraphError(f"the last node of graph {name!r} gives {given}: it must be one that streams an answer")
+
+
+def question_of(request: GraphRequest) -> str:
+    """The text of the last user turn; raises INVALID_ARGUMENT where there is none."""
+    if not isinstance(request.prompt, Chat):
+        raise PlatformError(
+            Code.INVALID_ARGUMENT,
+            "this model answers chats only: use /v1/chat/completions",
+            param="model",
+            reason="model_not_supported",
+        )
+    for message in reversed(request.prompt.messages):
+        if message.role == "user" and message.content.strip():
+            return message.content
+    raise PlatformError(
+        Code.INVALID_ARGUMENT, "this model needs a user message with text", param="messages", reason="invalid_value"
+    )
