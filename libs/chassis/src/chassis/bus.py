@@ -40,9 +40,24 @@ _RETRY_S = 0.5
 _ANSWER_TIMEOUT_S = 5.0
 
 
+class Stream(Protocol):
+    """What is asked of a JetStream stream: "limits" keeps messages for `max_age_s`, "workqueue" until they are acked."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def subjects(self) -> tuple[str, ...]: ...
+    @property
+    def retention(self) -> Literal["limits", "workqueue"]: ...
+    @property
+    def max_age_s(self) -> float: ...
+    @property
+    def max_bytes(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class StreamSpec:
-    """A JetStream stream: "limits" keeps messages for `max_age_s`, "workqueue" until they are acked."""
+    """A stream as plain data, for whoever has no table of their own."""
 
     name: str
     subjects: tuple[str, ...]
@@ -114,7 +129,7 @@ class Bus(Protocol):
 class NatsBus:
     """The bus on a NATS server. Made by `connect`; reconnects for ever."""
 
-    def __init__(self, client: Client, name: str, streams: Sequence[StreamSpec]) -> None:
+    def __init__(self, client: Client, name: str, streams: Sequence[Stream]) -> None:
         self._client = client
         self._name = name
         self._streams = tuple(streams)
@@ -122,7 +137,7 @@ class NatsBus:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
-    def connect(cls, url: str, name: str, streams: Sequence[StreamSpec]) -> "NatsBus":
+    def connect(cls, url: str, name: str, streams: Sequence[Stream]) -> "NatsBus":
         """Starts to connect and returns at once, whether a server is there or not. Needs a running loop."""
         bus = cls(Client(), name, streams)
         bus._start(bus._connect(url))
@@ -388,7 +403,7 @@ def _matches(pattern: str, subject: str) -> bool:
     return len(wanted) == len(given)
 
 
-def _stream_config(spec: StreamSpec) -> StreamConfig:
+def _stream_config(spec: Stream) -> StreamConfig:
     return StreamConfig(
         name=spec.name,
         subjects=list(spec.subjects),
