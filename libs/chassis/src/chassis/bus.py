@@ -41,7 +41,7 @@ _ANSWER_TIMEOUT_S = 5.0
 
 
 class Stream(Protocol):
-    """What is asked of a JetStream stream: "limits" keeps messages for `max_age_s`, "workqueue" until they are acked."""
+    """What is asked of a stream: "limits" keeps messages for `max_age_s`, "workqueue" until they are acked."""
 
     @property
     def name(self) -> str: ...
