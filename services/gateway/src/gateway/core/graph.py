@@ -8,7 +8,7 @@ Knows nothing of HTTP, gRPC or files.
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -53,8 +53,8 @@ class GraphRequest:
 
     prompt: Prompt
     tenant: str
-    sampling: Sampling = Sampling()
-    stopping: Stopping = Stopping()
+    sampling: Sampling = field(default_factory=Sampling)
+    stopping: Stopping = field(default_factory=Stopping)
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None

@@ -70,8 +70,8 @@ class Generation:
     model: str
     prompt: Prompt
     tenant: str
-    sampling: Sampling = Sampling()
-    stopping: Stopping = Stopping()
+    sampling: Sampling = field(default_factory=Sampling)
+    stopping: Stopping = field(default_factory=Stopping)
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None

@@ -1,0 +1,197 @@
+"""Reads the declarations of graphs from YAML files and puts the graphs together.
+
+Every mistake is a GraphError that names the file and the field, so that the process exits before a port opens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from gateway.core.graph import Answer, GraphError, Sequenced, SpanFactory, Step
+from gateway.core.graph_nodes import Encode, Generate, GenerateGrounded, Grounded, Retrieve
+from gateway.core.services import Embedder, Generator, Retriever
+
+_BLOCKS_TO_COME = ("ensemble", "router", "shadow")
+_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What nodes can call, and how they open a span."""
+
+    generator: Generator
+    embedder: Embedder
+    retriever: Retriever
+    span: SpanFactory
+
+
+class _Declared(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class _EncodeParams(_Declared):
+    model: str = Field(min_length=1)
+
+
+class _RetrieveParams(_Declared):
+    collection: str = Field("default", min_length=1)
+    top_k: int = Field(ge=1, le=100)
+    min_score: float = Field(ge=-1, le=1)
+
+
+def _placeholders(template: str, known: set[str]) -> str:
+    found = Template(template)
+    if not found.is_valid() or set(found.get_identifiers()) - known:
+        raise ValueError(f"may hold only the placeholders {', '.join(f'${name}' for name in sorted(known))}")
+    return template
+
+
+class _GroundedParams(_Declared):
+    model: str = Field(min_length=1)
+    system: str
+    template: str
+    source_template: str
+    nothing_found: str = Field(min_length=1)
+    max_tokens: int = Field(ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    repetition_penalty: float | None = Field(None, gt=0)
+
+    @field_validator("template")
+    @classmethod
+    def _template(cls, value: str) -> str:
+        if "$sources" not in value or "$question" not in value:
+            raise ValueError("must hold $sources and $question")
+        return _placeholders(value, {"sources", "question"})
+
+    @field_validator("source_template")
+    @classmethod
+    def _source_template(cls, value: str) -> str:
+        return _placeholders(value, {"number", "title", "text"})
+
+
+class _GenerateParams(_Declared):
+    model: str = Field(min_length=1)
+
+
+class _EncodeNode(_Declared):
+    id: str = Field(pattern=_NAME)
+    service: Literal["embedder"]
+    call: Literal["embed"]
+    params: _EncodeParams
+
+
+class _RetrieveNode(_Declared):
+    id: str = Field(pattern=_NAME)
+    service: Literal["retriever"]
+    call: Literal["search"]
+    params: _RetrieveParams
+
+
+class _GenerateNode(_Declared):
+    id: str = Field(pattern=_NAME)
+    service: Literal["generator"]
+    call: Literal["generate"]
+    params: _GenerateParams | _GroundedParams
+
+
+_Node = Annotated[_EncodeNode | _RetrieveNode | _GenerateNode, Field(discriminator="service")]
+
+
+class _Graph(_Declared):
+    name: str = Field(pattern=_NAME)
+    description: str = ""
+    block: Literal["sequence"]
+    nodes: list[_Node] = Field(min_length=1, max_length=16)
+
+
+def load_graphs(folder: Path, services: Services) -> Mapping[str, Sequenced]:
+    """Reads every *.yaml of a folder; raises GraphError. Blocks: call it before the event loop has work."""
+    files = sorted(folder.glob("*.yaml"))
+    if not files:
+        raise GraphError(f"{folder}: no graph is declared here (*.yaml)")
+    graphs: dict[str, Sequenced] = {}
+    for file in files:
+        graph = _load(file, services)
+        if graph.name in graphs:
+            raise GraphError(f"{file.name}: name: the graph {graph.name!r} is declared twice")
+        graphs[graph.name] = graph
+    return graphs
+
+
+def _load(file: Path, services: Services) -> Sequenced:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise GraphError(f"{file.name}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise GraphError(f"{file.name}: must hold one mapping with name, block and nodes")
+    _refuse_blocks_to_come(file, content)
+    try:
+        declared = _Graph.model_validate(content)
+        return _assemble(declared, services)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise GraphError(f"{file.name}: {_field(first['loc'])}: {first['msg']}") from error
+    except GraphError as error:
+        raise GraphError(f"{file.name}: nodes: {error}") from error
+
+
+def _refuse_blocks_to_come(file: Path, content: Mapping[str, Any]) -> None:
+    """Names the building blocks that are planned, rather than calling them unknown."""
+    nodes = content.get("nodes")
+    places = [("", content)]
+    if isinstance(nodes, list):
+        places += [(f"nodes[{i}].", node) for i, node in enumerate(nodes) if isinstance(node, dict)]
+    for where, mapping in places:
+        for block in _BLOCKS_TO_COME:
+            if block in mapping or mapping.get("block") == block:
+                raise GraphError(
+                    f"{file.name}: {where}{block if block in mapping else 'block'}: the building block {block!r} is "
+                    "not available yet; declare a sequence"
+                )
+
+
+def _field(loc: tuple[int | str, ...]) -> str:
+    """Renders pydantic's location as nodes[0].params.top_k, without the names of union members."""
+    path = ""
+    for step in loc:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif step not in ("embedder", "retriever", "generator") and not step.startswith("_"):
+            path += f".{step}" if path else step
+    return path or "file"
+
+
+def _assemble(graph: _Graph, services: Services) -> Sequenced:
+    ids = [node.id for node in graph.nodes]
+    if len(set(ids)) != len(ids):
+        raise GraphError(f"the ids of the nodes must differ: {', '.join(ids)}")
+    steps: list[Step] = []
+    answer: Answer | None = None
+    model = ""
+    for node in graph.nodes:
+        if answer is not None:
+            raise GraphError(f"node {answer.id!r} streams the answer, so it must be the last")
+        match node:
+            case _EncodeNode():
+                steps.append(Encode(node.id, services.embedder, node.params.model))
+            case _RetrieveNode():
+                params = node.params
+                steps.append(Retrieve(node.id, services.retriever, params.collection, params.top_k, params.min_score))
+            case _GenerateNode():
+                answer, model = _answer(node, services.generator), node.params.model
+    if answer is None:
+        raise GraphError("the last node must be one that streams an answer (service: generator)")
+    return Sequenced(graph.name, graph.description, steps, answer, services.span, model)
+
+
+def _answer(node: _GenerateNode, generator: Generator) -> Answer:
+    params = node.params
+    if isinstance(params, _GenerateParams):
+        return Generate(node.id, generator, params.model)
+    return GenerateGrounded(node.id, generator, params.model, Grounded(**params.model_dump(exclude={"model"})))
