@@ -1,0 +1,114 @@
+"""The route of the document search."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import ConfigDict, Field
+
+from chassis.errors import Code, PlatformError
+from gateway.api.identity import principal_of
+from gateway.api.json_body import Body, read_json
+from gateway.core.documents import DEFAULT_COLLECTION
+from gateway.core.search import Condition, Hit, Mode, Operator, Question, Scalar, Searcher
+
+Collection = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
+# Longer texts are no metadata, and integers beyond 53 bits would not come back as they were sent.
+MetadataValue = (
+    Annotated[str, Field(max_length=1024)]
+    | bool
+    | Annotated[int, Field(ge=-(2**53), le=2**53)]
+    | Annotated[float, Field(allow_inf_nan=False)]
+)
+MetadataList = Annotated[list[MetadataValue], Field(min_length=1, max_length=100)]
+
+_MAX_CONDITIONS = 32
+
+
+class Comparisons(Body):
+    """Comparisons of one metadata value, all of which must hold."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    eq: MetadataValue | None = Field(None, alias="$eq")
+    ne: MetadataValue | None = Field(None, alias="$ne")
+    lt: MetadataValue | None = Field(None, alias="$lt")
+    lte: MetadataValue | None = Field(None, alias="$lte")
+    gt: MetadataValue | None = Field(None, alias="$gt")
+    gte: MetadataValue | None = Field(None, alias="$gte")
+    among: MetadataList | None = Field(None, alias="$in")
+
+
+class SearchBody(Body):
+    """A search. A filter maps metadata keys to a value, a list of values (any of them), or comparisons."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    query: Annotated[str, Field(min_length=1, max_length=8192)]
+    collection: Collection = DEFAULT_COLLECTION
+    mode: Literal["dense", "keyword", "hybrid"] = "dense"
+    top_k: Annotated[int, Field(ge=1, le=100)] = 5
+    filter: (
+        Annotated[dict[MetadataKey, MetadataValue | MetadataList | Comparisons], Field(max_length=_MAX_CONDITIONS)]
+        | None
+    ) = None
+    group_by: Literal["document"] | None = None
+
+
+def search_router(searcher: Searcher) -> APIRouter:
+    """Makes POST /v1/search."""
+    router = APIRouter()
+
+    @router.post("/v1/search")
+    async def search(request: Request) -> dict[str, Any]:
+        body = await read_json(request, SearchBody)
+        if not body.query.strip():
+            raise PlatformError(Code.INVALID_ARGUMENT, "query is blank", param="query")
+        question = Question(
+            tenant=principal_of(request).tenant,
+            query=body.query,
+            collection=body.collection,
+            mode=Mode(body.mode),
+            top_k=body.top_k,
+            conditions=conditions_of(body.filter or {}),
+            group_by_document=body.group_by == "document",
+        )
+        return {"hits": [_hit_shape(hit) for hit in await searcher.search(question)]}
+
+    return router
+
+
+def conditions_of(filter_: Mapping[str, Scalar | Sequence[Scalar] | Comparisons]) -> list[Condition]:
+    """Returns the typed conditions of a filter; raises INVALID_ARGUMENT for comparisons without any."""
+    conditions: list[Condition] = []
+    for key, wanted in filter_.items():
+        if isinstance(wanted, Comparisons):
+            conditions += _compared(key, wanted)
+        elif isinstance(wanted, list):
+            conditions.append(Condition(key, Operator.IN, tuple(wanted)))
+        else:
+            assert isinstance(wanted, Scalar)
+            conditions.append(Condition(key, Operator.EQ, (wanted,)))
+    return conditions
+
+
+def _compared(key: str, comparisons: Comparisons) -> list[Condition]:
+    given = comparisons.model_dump(by_alias=True, exclude_none=True)
+    if not given:
+        raise PlatformError(Code.INVALID_ARGUMENT, f"filter.{key} compares with nothing", param=f"filter.{key}")
+    return [
+        Condition(key, Operator(name), tuple(value) if isinstance(value, list) else (value,))
+        for name, value in given.items()
+    ]
+
+
+def _hit_shape(hit: Hit) -> dict[str, Any]:
+    return {
+        "document_id": hit.document_id,
+        "external_id": hit.external_id or None,
+        "chunk_id": hit.chunk_id,
+        "title": hit.title,
+        "text": hit.text,
+        "score": hit.score,
+    }

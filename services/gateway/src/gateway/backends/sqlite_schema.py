@@ -1,0 +1,131 @@
+"""The tables of gateway.db, as ordered migrations: one that was released is never changed, only followed.
+
+Times are Unix milliseconds (`_unix_ms`) or seconds (`_unix_s`). The ledger's rows have no foreign keys: they outlive
+what they speak of.
+"""
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """
+        CREATE TABLE tenants (
+            tenant TEXT PRIMARY KEY,
+            allows_text INTEGER NOT NULL DEFAULT 0
+        ) STRICT
+        """,
+        """
+        CREATE TABLE keys (
+            key_id TEXT PRIMARY KEY,
+            tenant TEXT NOT NULL REFERENCES tenants (tenant),
+            secret_hmac BLOB NOT NULL,
+            is_admin INTEGER NOT NULL,
+            requests_per_minute INTEGER,
+            created_unix_s INTEGER NOT NULL,
+            revoked_unix_s INTEGER
+        ) STRICT
+        """,
+        """
+        CREATE TABLE usage (
+            id INTEGER PRIMARY KEY,
+            request_id TEXT NOT NULL,
+            trace_id TEXT NOT NULL,
+            tenant TEXT NOT NULL,
+            key_id TEXT NOT NULL,
+            model TEXT NOT NULL,
+            route TEXT NOT NULL,
+            prompt_tokens INTEGER NOT NULL,
+            completion_tokens INTEGER NOT NULL,
+            cached_tokens INTEGER NOT NULL,
+            finish_reason TEXT NOT NULL,
+            http_status INTEGER NOT NULL,
+            stream INTEGER NOT NULL,
+            started_unix_ms INTEGER NOT NULL,
+            duration_s REAL NOT NULL,
+            ttft_s REAL NOT NULL,
+            error_code TEXT NOT NULL
+        ) STRICT
+        """,
+        # Kept beside the rows in the same transaction: the report must not read a million of them.
+        """
+        CREATE TABLE usage_totals (
+            tenant TEXT NOT NULL,
+            key_id TEXT NOT NULL,
+            model TEXT NOT NULL,
+            num_requests INTEGER NOT NULL,
+            num_errors INTEGER NOT NULL,
+            prompt_tokens INTEGER NOT NULL,
+            completion_tokens INTEGER NOT NULL,
+            cached_tokens INTEGER NOT NULL,
+            PRIMARY KEY (tenant, key_id, model)
+        ) STRICT, WITHOUT ROWID
+        """,
+        # AUTOINCREMENT: an id is never given twice, so the order of ids is the order of writing even after pruning.
+        """
+        CREATE TABLE outbox (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            subject TEXT NOT NULL,
+            message_id TEXT NOT NULL UNIQUE,
+            payload BLOB NOT NULL,
+            traceparent TEXT NOT NULL,
+            request_id TEXT NOT NULL,
+            created_unix_ms INTEGER NOT NULL,
+            published_unix_ms INTEGER,
+            refused TEXT
+        ) STRICT
+        """,
+        "CREATE INDEX outbox_waiting ON outbox (id) WHERE published_unix_ms IS NULL AND refused IS NULL",
+        "CREATE INDEX outbox_published ON outbox (published_unix_ms) WHERE published_unix_ms IS NOT NULL",
+        """
+        CREATE TABLE files (
+            file_id TEXT PRIMARY KEY,
+            tenant TEXT NOT NULL,
+            sha256 TEXT NOT NULL,
+            size_bytes INTEGER NOT NULL,
+            content_type TEXT NOT NULL,
+            filename TEXT NOT NULL,
+            created_unix_ms INTEGER NOT NULL
+        ) STRICT
+        """,
+        """
+        CREATE TABLE jobs (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            job_id TEXT NOT NULL UNIQUE,
+            tenant TEXT NOT NULL,
+            type TEXT NOT NULL,
+            status TEXT NOT NULL,
+            done INTEGER NOT NULL,
+            total INTEGER NOT NULL,
+            error TEXT,
+            result_json TEXT,
+            cancel_requested INTEGER NOT NULL,
+            document_id TEXT,
+            file_id TEXT,
+            message_id TEXT,
+            reported_unix_ms INTEGER NOT NULL,
+            reported_sequence INTEGER NOT NULL,
+            created_unix_ms INTEGER NOT NULL
+        ) STRICT
+        """,
+        "CREATE INDEX jobs_of_tenant ON jobs (tenant, seq)",
+        "CREATE INDEX jobs_of_document ON jobs (document_id, seq) WHERE document_id IS NOT NULL",
+        "CREATE INDEX jobs_of_file ON jobs (file_id) WHERE file_id IS NOT NULL",
+        """
+        CREATE TABLE documents (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            document_id TEXT NOT NULL UNIQUE,
+            tenant TEXT NOT NULL,
+            external_id TEXT NOT NULL,
+            title TEXT NOT NULL,
+            collection TEXT NOT NULL,
+            content_type TEXT NOT NULL,
+            filename TEXT NOT NULL,
+            metadata_json TEXT NOT NULL,
+            size_bytes INTEGER NOT NULL,
+            job_id TEXT NOT NULL REFERENCES jobs (job_id),
+            file_id TEXT NOT NULL REFERENCES files (file_id),
+            created_unix_ms INTEGER NOT NULL
+        ) STRICT
+        """,
+        "CREATE INDEX documents_of_tenant ON documents (tenant, seq)",
+        "CREATE INDEX documents_of_file ON documents (file_id)",
+    ),
+)
