@@ -1,0 +1,1 @@
+"""The embedder: tokenizer and text embeddings, batched across callers."""

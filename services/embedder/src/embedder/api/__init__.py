@@ -1,0 +1,1 @@
+"""Inbound: gRPC to core and back."""

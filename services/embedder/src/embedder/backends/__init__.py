@@ -1,0 +1,1 @@
+"""Outbound: the encoder runtimes, named by technology."""

@@ -1,0 +1,1 @@
+"""The domain: inputs, batching, pooling. Knows no gRPC and no runtime."""

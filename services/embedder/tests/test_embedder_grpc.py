@@ -1,0 +1,80 @@
+"""The servicer through a real gRPC server, on the fake encoder."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from embedder_suite import FakeEncoder
+from pressroom.common.v1 import common_pb2
+from pressroom.embedder.v1 import embedder_pb2 as pb
+from pressroom.embedder.v1 import embedder_pb2_grpc
+
+from chassis import rpc
+from chassis.errors import Code, PlatformError
+from embedder.api.grpc import EmbedderServicer
+from embedder.core.batcher import Batcher, BatchLimits
+from embedder.core.service import EmbedderCore
+
+
+@pytest.fixture
+async def stub() -> AsyncIterator[embedder_pb2_grpc.EmbedderServiceStub]:
+    encoder = FakeEncoder()
+
+    async def compute(batch: list[list[int]]):  # type: ignore[no-untyped-def]
+        return encoder.encode(batch)
+
+    batcher = Batcher(compute, BatchLimits(8, 512, 0.001, 4096))
+    task = asyncio.create_task(batcher.run())
+    server = rpc.make_server("embedder")
+    servicer = EmbedderServicer(EmbedderCore(encoder, batcher))
+    embedder_pb2_grpc.add_EmbedderServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with rpc.connect(f"127.0.0.1:{port}") as channel:
+        yield embedder_pb2_grpc.EmbedderServiceStub(channel)
+    await server.stop(0)
+    task.cancel()
+
+
+def _texts(*texts: str) -> list[pb.EmbedInput]:
+    return [pb.EmbedInput(text=t) for t in texts]
+
+
+async def test_texts_and_their_token_ids_embed_alike(stub: embedder_pb2_grpc.EmbedderServiceStub) -> None:
+    tokens = (await stub.Tokenize(pb.TokenizeRequest(texts=["ink dries"]))).texts[0]
+    ids = pb.EmbedInput(token_ids=common_pb2.TokenIds(ids=tokens.token_ids))
+    answer = await stub.Embed(pb.EmbedRequest(model="fake", inputs=[*_texts("ink dries"), ids]))
+    assert list(answer.embeddings[0].values) == pytest.approx(list(answer.embeddings[1].values), abs=1e-5)
+    assert answer.usage.prompt_tokens == 8 and [e.num_tokens for e in answer.embeddings] == [4, 4]
+
+
+async def test_list_models_tells_the_encoder(stub: embedder_pb2_grpc.EmbedderServiceStub) -> None:
+    (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
+    assert (model.id, model.dimensions, model.max_tokens) == ("fake", 16, 32)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "param"),
+    [
+        (pb.EmbedRequest(), Code.INVALID_ARGUMENT, "input"),
+        (pb.EmbedRequest(inputs=_texts("x"), model="other"), Code.NOT_FOUND, "model"),
+        (pb.EmbedRequest(inputs=_texts("x"), dimensions=99), Code.INVALID_ARGUMENT, "dimensions"),
+        (pb.EmbedRequest(inputs=_texts("x", "w " * 99)), Code.OUT_OF_RANGE, "input"),
+        (pb.EmbedRequest(inputs=_texts(*["x"] * 2049)), Code.INVALID_ARGUMENT, "input"),
+        (pb.EmbedRequest(inputs=[pb.EmbedInput()]), Code.INVALID_ARGUMENT, "input"),
+    ],
+)
+async def test_bad_requests_are_named(
+    stub: embedder_pb2_grpc.EmbedderServiceStub, request_: pb.EmbedRequest, code: Code, param: str
+) -> None:
+    with pytest.raises(PlatformError) as caught:
+        async with rpc.call("embedder.Embed", timeout_s=5) as call:
+            await stub.Embed(request_, timeout=call.timeout_s, metadata=call.metadata)
+    assert caught.value.code is code and caught.value.param == param
+
+
+async def test_rerank_is_not_implemented(stub: embedder_pb2_grpc.EmbedderServiceStub) -> None:
+    with pytest.raises(PlatformError) as caught:
+        async with rpc.call("embedder.Rerank", timeout_s=5) as call:
+            await stub.Rerank(pb.RerankRequest(query="q", texts=["t"]), metadata=call.metadata)
+    assert caught.value.code is Code.UNIMPLEMENTED
