@@ -54,9 +54,7 @@ class ChunkingPolicy:
         """Returns the policy that also keeps to what the encoder reads, special tokens counted."""
         limit = max_tokens - num_special_tokens
         if limit < 1:
-            raise PlatformError(
-                Code.FAILED_PRECONDITION, f"the encoder reads {max_tokens} tokens: none is left for text"
-            )
+            raise PlatformError(Code.FAILED_PRECONDITION, f"an encoder of {max_tokens} tokens reads no text")
         chunk_tokens = min(self.chunk_tokens, limit)
         return ChunkingPolicy(chunk_tokens, min(self.overlap_tokens, chunk_tokens // 2))
 

@@ -94,9 +94,8 @@ def decode(kind: Kind, data: bytes) -> str:
         text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise refused(
-            f"file: declared {kind.value}, but line {line} is not UTF-8 (byte {data[error.start]:#04x} at {error.start})"
-        ) from None
+        byte = f"byte {data[error.start]:#04x} at {error.start}"
+        raise refused(f"file: declared {kind.value}, but line {line} is not UTF-8 ({byte})") from None
     if "\x00" in text:
         line = text.count("\n", 0, text.index("\x00")) + 1
         raise refused(f"file: declared {kind.value}, but line {line} holds a NUL byte, so it is not text")

@@ -161,7 +161,7 @@ class Attempt:
 
 
 def _replaced(plans: Sequence[Plan], there: Sequence[ChunkRef]) -> Iterator[str]:
-    """Yields the keys of rows that the plans take the place of: other revisions, and other documents of the same name."""
+    """Yields the keys that the plans take the place of: other revisions, other documents of the same external id."""
     revisions = {plan.document.document_id: plan.revision for plan in plans}
     owners = {
         (plan.document.collection, plan.document.external_id): plan.document.document_id

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -24,7 +24,7 @@ from retriever.core.documents import (
 from retriever.core.extraction import Extracted, Extractor, kind_of, refused
 from retriever.core.indexing import Attempt, IngestPolicy, Plan, Watcher
 from retriever.core.patience import patiently
-from retriever.core.ports import ChunkStore, Encoder
+from retriever.core.ports import ChunkStore, Encoder, Tokenized
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,11 @@ class Ingestor:
         documents, num_skipped = await self._documents(order, data)
         patience = self._policy.patience_s
         version = await patiently(self._encoder.version, budget_s=patience, before_each=watcher.check)
-        texts = await patiently(
-            lambda: self._chunker.chunk([document.text for document in documents], self._encoder.tokenize),
-            budget_s=patience,
-            before_each=watcher.check,
-        )
+
+        async def tokenize(texts: Sequence[str]) -> Tokenized:
+            return await patiently(lambda: self._encoder.tokenize(texts), budget_s=patience, before_each=watcher.check)
+
+        texts = await self._chunker.chunk([document.text for document in documents], tokenize)
         plans = [
             Plan(document, chunks, self._revision(document, version))
             for document, chunks in zip(documents, texts, strict=True)

@@ -46,14 +46,12 @@ def _read_line(number: int, line: str) -> Extracted:
     text = entry.get("text")
     for name, value in (("_id", external_id), ("title", title), ("text", text)):
         if not isinstance(value, str):
-            raise refused(
-                f"line {number}: {name} must be a string" if name in entry else f"line {number}: {name} is missing"
-            )
+            raise refused(f"line {number}: {name} {'must be a string' if name in entry else 'is missing'}")
         if has_surrogate(value):
             raise refused(f"line {number}: {name} contains an unpaired surrogate")
     if len(external_id) > MAX_EXTERNAL_ID_CHARS:
         raise refused(f"line {number}: _id has {len(external_id)} characters, the limit is {MAX_EXTERNAL_ID_CHARS}")
-    return Extracted(_with_title(title, text), title, external_id, _metadata(number, entry), number)
+    return Extracted(_with_title(title, str(text)), title, external_id, _metadata(number, entry), number)
 
 
 def _with_title(title: str, text: str) -> str:

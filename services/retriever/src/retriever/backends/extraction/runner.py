@@ -31,14 +31,8 @@ class BoundedExtractor:
         return _parsed(await self._run_child(kind, data))
 
     async def _run_child(self, kind: Kind, data: bytes) -> bytes:
-        limits = self._limits
-        numbers = (
-            self._max_memory_bytes,
-            int(self._timeout_s),
-            limits.max_chars,
-            limits.max_pages,
-            limits.max_documents,
-        )
+        bounds = (self._limits.max_chars, self._limits.max_pages, self._limits.max_documents)
+        numbers = (self._max_memory_bytes, int(self._timeout_s), *bounds)
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
