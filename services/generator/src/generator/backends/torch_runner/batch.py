@@ -1,0 +1,93 @@
+"""Lays a step out as tensors: which tokens, where their keys go, and which keys each of them may see.
+
+Index arithmetic is done in numpy, once a step; all layers share it.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from generator.backends.torch_runner.llama import AttentionGroup, FlatBatch
+from generator.core.sequences import Work
+
+Ints = NDArray[np.int64]
+
+# Sequences decode together if the longest has at most this many times the keys of the shortest: past that, the
+# padding costs more than another call.
+_LENGTH_RATIO = 1.5
+_SMALL_NUM_KEYS = 128
+
+
+class BatchLayout:
+    """Knows the geometry of the cache; makes FlatBatches."""
+
+    def __init__(
+        self, num_slots: int, block_size: int, num_kv_heads: int, queries_per_kv: int, dtype: torch.dtype
+    ) -> None:
+        self._block_size = block_size
+        self._queries_per_kv = queries_per_kv
+        self._dtype = dtype
+        self._head_offsets = np.arange(2 * num_kv_heads, dtype=np.int64) * num_slots
+
+    def order(self, step: list[Work]) -> list[Work]:
+        """Sorts a step into the order of the flat batch: decodes by length, then pieces of prompts."""
+        return sorted(step, key=lambda work: (work.num_tokens != 1, work.end))
+
+    def lay_out(self, ordered: list[Work]) -> FlatBatch:
+        """Makes the tensors of a step that `order` sorted."""
+        tokens = np.concatenate([w.sequence.token_ids[w.sequence.num_computed : w.end] for w in ordered])
+        positions = np.concatenate([np.arange(w.sequence.num_computed, w.end) for w in ordered])
+        slots = np.concatenate([self._slots(w, w.sequence.num_computed, w.end) for w in ordered])
+        write_rows = (slots[:, None] + self._head_offsets).ravel()
+        return FlatBatch(
+            token_ids=torch.from_numpy(tokens.astype(np.int64)),
+            positions=torch.from_numpy(positions),
+            write_rows=torch.from_numpy(write_rows),
+            groups=self._groups(ordered),
+        )
+
+    def _groups(self, ordered: list[Work]) -> list[AttentionGroup]:
+        groups: list[AttentionGroup] = []
+        members: list[Work] = []
+        start = 0
+        for work in ordered:
+            if members and not self._fits(members, work):
+                groups.append(self._group(members, start))
+                start = groups[-1].end
+                members = []
+            members.append(work)
+        groups.append(self._group(members, start))
+        return groups
+
+    def _fits(self, members: list[Work], work: Work) -> bool:
+        most = max(_SMALL_NUM_KEYS, int(members[0].end * _LENGTH_RATIO))
+        return members[0].num_tokens == work.num_tokens == 1 and work.end <= most
+
+    def _group(self, members: list[Work], start: int) -> AttentionGroup:
+        num_keys = max(work.end for work in members)
+        slots = np.zeros((len(members), num_keys), dtype=np.int64)  # padding reads slot 0, and the mask hides it
+        for row, work in enumerate(members):
+            slots[row, : work.end] = self._slots(work, 0, work.end)
+        kv_rows = slots[:, None, :] + self._head_offsets[None, :, None]
+        return AttentionGroup(
+            start=start,
+            end=start + sum(work.num_tokens for work in members),
+            num_sequences=len(members),
+            kv_rows=torch.from_numpy(kv_rows.ravel()),
+            num_keys=num_keys,
+            mask=self._mask(members, num_keys),
+        )
+
+    def _mask(self, members: list[Work], num_keys: int) -> Tensor:
+        """A token at position p sees the keys 0..p. Rows repeat for the query heads that share a key head."""
+        positions = np.stack([np.arange(work.sequence.num_computed, work.end) for work in members])  # [B, T]
+        hidden = np.arange(num_keys)[None, None, :] > positions[:, :, None]  # [B, T, L]
+        mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
+        return mask.repeat(1, self._queries_per_kv, 1).unsqueeze(1)
+
+    def _slots(self, work: Work, start: int, end: int) -> Ints:
+        positions = np.arange(start, end)
+        table = np.asarray(work.sequence.table, dtype=np.int64)
+        slots: Ints = table[positions // self._block_size] * self._block_size + positions % self._block_size
+        return slots

@@ -1,0 +1,107 @@
+"""The forward pass of a Llama model over a flat batch: tokens of many sequences side by side, attention for each.
+
+Everything but attention treats all tokens of a step alike, so one decode row costs next to nothing beside others.
+Keys and values lie in one tensor a layer, [2 * H_kv * S, D]: a row for each head and slot, keys of all heads first.
+So one index reads the keys and values that a sequence needs, wherever its blocks lie.
+
+Legend: N tokens of the step, T tokens of one attention group, B sequences of a group, L keys (padded), S slots,
+H query heads, H_kv key heads, G = H / H_kv, D head size, E hidden size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from generator.backends.torch_runner.weights import LayerWeights, LlamaConfig, LlamaWeights
+
+
+@dataclass(slots=True)
+class AttentionGroup:
+    """Sequences whose attention is one call: tokens [start, end) of the step, an equal number for each sequence."""
+
+    start: int
+    end: int
+    num_sequences: int
+    kv_rows: Tensor  # [B * 2 * H_kv * L], rows of the cache to read
+    num_keys: int  # L
+    mask: Tensor  # [B, 1, G * T, L], added to the scores; T counts the tokens of one sequence
+
+
+@dataclass(slots=True)
+class FlatBatch:
+    """One step as tensors."""
+
+    token_ids: Tensor  # [N]
+    positions: Tensor  # [N]
+    write_rows: Tensor  # [N * 2 * H_kv], rows of the cache to write
+    groups: list[AttentionGroup]
+
+
+class Llama:
+    """A model with its key and value memory. Not thread-safe; no gradients."""
+
+    def __init__(self, config: LlamaConfig, weights: LlamaWeights, num_slots: int, context_length: int) -> None:
+        self.config = config
+        self._weights = weights
+        self.dtype = weights.embedding.dtype
+        rows = 2 * config.num_kv_heads * num_slots
+        # Zeros, not empty: padding reads slots nobody wrote, and a NaN there would survive the mask.
+        self._cache = torch.zeros(config.num_layers, rows, config.head_dim, dtype=self.dtype)
+        self._cos, self._sin = _rope_tables(config, context_length, self.dtype)
+
+    def forward(self, batch: FlatBatch) -> Tensor:
+        """Computes a step: writes keys and values, returns the final hidden states [N, E]."""
+        hidden = F.embedding(batch.token_ids, self._weights.embedding)
+        cos = self._cos[batch.positions].unsqueeze(1)  # [N, 1, D]
+        sin = self._sin[batch.positions].unsqueeze(1)
+        for layer, cache in zip(self._weights.layers, self._cache, strict=True):
+            attended = self._attention(layer, cache, self._norm(hidden, layer.attention_norm), cos, sin, batch)
+            hidden = torch.addmm(hidden, attended, layer.output.t())
+            gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+            hidden = torch.addmm(hidden, F.silu(gate).mul_(up), layer.down.t())
+        return self._norm(hidden, self._weights.final_norm)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns float32 logits [rows, vocabulary] of hidden states [rows, E]."""
+        return F.linear(hidden, self._weights.head).float()
+
+    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(hidden, (self.config.hidden_size,), weight, self.config.rms_norm_eps)
+
+    def _attention(
+        self, layer: LayerWeights, cache: Tensor, x: Tensor, cos: Tensor, sin: Tensor, batch: FlatBatch
+    ) -> Tensor:
+        config = self.config
+        heads = F.linear(x, layer.qkv).view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+        rotated = heads[:, : config.num_heads + config.num_kv_heads]
+        # RoPE as x * cos + swap_halves(x) * sin, in place; the table's sine carries the sign of the first half.
+        swapped = rotated.roll(config.head_dim // 2, dims=-1)
+        rotated.mul_(cos).addcmul_(swapped, sin)
+        cache.index_copy_(0, batch.write_rows, heads[:, config.num_heads :].reshape(-1, config.head_dim))
+        query = heads[:, : config.num_heads]
+        outputs = [self._attend(cache, query[group.start : group.end], group) for group in batch.groups]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend(self, cache: Tensor, query: Tensor, group: AttentionGroup) -> Tensor:
+        """Attends for [B * T] tokens. The G query heads of a key head stand as G more positions, so nothing repeats."""
+        config, num_sequences = self.config, group.num_sequences
+        per_key_head = config.num_heads // config.num_kv_heads
+        kv = cache.index_select(0, group.kv_rows)
+        kv = kv.view(num_sequences, 2 * config.num_kv_heads, group.num_keys, config.head_dim)
+        folded = query.view(num_sequences, -1, config.num_kv_heads, per_key_head, config.head_dim)
+        folded = folded.permute(0, 2, 3, 1, 4).reshape(num_sequences, config.num_kv_heads, -1, config.head_dim)
+        out = F.scaled_dot_product_attention(
+            folded, kv[:, : config.num_kv_heads], kv[:, config.num_kv_heads :], attn_mask=group.mask
+        )
+        out = out.view(num_sequences, config.num_kv_heads, per_key_head, -1, config.head_dim).permute(0, 3, 1, 2, 4)
+        return out.reshape(query.shape[0], config.num_heads * config.head_dim)
+
+
+def _rope_tables(config: LlamaConfig, context_length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Returns cosine and signed sine [context, D] (RoFormer, arXiv 2104.09864, in the half-split layout of Llama)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    angles = torch.outer(torch.arange(context_length, dtype=torch.float32), config.rope_theta**-exponents)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)

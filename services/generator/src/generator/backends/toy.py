@@ -1,0 +1,93 @@
+"""A runner without weights for tests and simulations: bytes are its tokens, a hash of the context is its model.
+
+It keeps what it "computed" in slots and reads the whole context back through the block table, so that a scheduler
+that mixes up blocks, or skips a token, changes the text.
+"""
+
+import zlib
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from generator.core import sampling
+from generator.core.requests import ModelSpec
+from generator.core.sequences import Outcome, Sequence, TokenLogprob, Work
+from generator.core.text import ChatMessage
+
+EOS = 256
+VOCAB_SIZE = 257
+_LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz ", dtype=np.uint8).astype(np.int64)
+
+
+class ByteTokenizer:
+    """Tokens are UTF-8 bytes; a chat is its turns, one a line."""
+
+    max_token_bytes = 1
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: Seq[ChatMessage], tools_json: str) -> list[int]:
+        return self.encode("".join(f"{m.role}: {m.content}\n" for m in messages) + "assistant: ")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"" if token_id == EOS else bytes([token_id])
+
+    def token_text(self, token_id: int) -> str:
+        return "<end>" if token_id == EOS else bytes([token_id]).decode(errors="replace")
+
+
+class ToyRunner:
+    """A deterministic model over bytes."""
+
+    def __init__(self, num_blocks: int, block_size: int, context_length: int) -> None:
+        self._block_size = block_size
+        self._slots = np.full(num_blocks * block_size, -1, dtype=np.int64)
+        self._model = ModelSpec(
+            id="toy",
+            version="0" * 12,
+            vocab_size=VOCAB_SIZE,
+            context_length=context_length,
+            eos_token_ids=frozenset({EOS}),
+            capabilities=frozenset({"logprobs", "prompt_logprobs"}),
+        )
+
+    @property
+    def model(self) -> ModelSpec:
+        return self._model
+
+    def warm_up(self) -> None:
+        """Nothing to warm."""
+
+    def execute(self, step: list[Work]) -> list[Outcome]:
+        """See Runner.execute."""
+        for work in step:
+            start = work.sequence.num_computed
+            self._slots[self._slot_ids(work.sequence, start, work.end)] = work.sequence.token_ids[start : work.end]
+        return [self._outcome(work) for work in step]
+
+    def _outcome(self, work: Work) -> Outcome:
+        sequence, scores = work.sequence, list[TokenLogprob]()
+        for position in work.scored:
+            logits = self._logits(sequence, position + 1)[None]
+            scored = sequence.token_ids[position + 1]
+            scores += sampling.logprobs(logits, [scored], sequence.request.prompt_logprobs or 0)
+        if not work.samples:
+            return Outcome(prompt_logprobs=tuple(scores))
+        raw = self._logits(sequence, work.end)[None]
+        (token_id,) = sampling.sample(raw.copy(), [sequence])
+        logprob = None
+        if sequence.request.logprobs is not None:
+            (logprob,) = sampling.logprobs(raw, [token_id], sequence.request.logprobs)
+        return Outcome(token_id, logprob, tuple(scores))
+
+    def _logits(self, sequence: Sequence, num_tokens: int) -> sampling.Floats:
+        context = self._slots[self._slot_ids(sequence, 0, num_tokens)]
+        noise = np.random.default_rng(zlib.crc32(context.tobytes())).standard_normal(VOCAB_SIZE, dtype=np.float32)
+        noise[_LETTERS] += 2.0
+        return noise
+
+    def _slot_ids(self, sequence: Sequence, start: int, end: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        positions = np.arange(start, end)
+        table = np.asarray(sequence.table, dtype=np.int64)
+        return table[positions // self._block_size] * self._block_size + positions % self._block_size

@@ -1,0 +1,72 @@
+"""What the service needs of an engine, whichever it is, and what our own batching engine needs of a model runner."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from generator.core.events import Summary
+from generator.core.requests import GenerationRequest, ModelSpec
+from generator.core.sequences import Outcome, Work
+from generator.core.stream import TokenStream
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The load of an engine. Waiting counts sequences."""
+
+    running_sequences: int
+    waiting_sequences: int
+    blocks_used: int
+    blocks_total: int
+    prompt_tokens_total: int
+    completion_tokens_total: int
+    preemptions_total: int
+
+
+class Engine(Protocol):
+    """Runs requests against one model. All methods are called on the event loop and return at once."""
+
+    @property
+    def model(self) -> ModelSpec: ...
+
+    def submit(self, request: GenerationRequest, on_settled: Callable[[Summary], None]) -> TokenStream:
+        """Queues a request and returns its stream.
+
+        `on_settled` is called once, on the loop and in the caller's context, when the request has ended in whatever
+        way and holds nothing any more. Raises PlatformError where the request cannot run: bad parameters,
+        a capability that the engine lacks, a context that overflows, a full queue, a drain.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> int:
+        """Cancels every request with this id at the next step; returns how many there were."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def drain(self) -> None:
+        """Refuses new requests from now on; those that are here go on."""
+        ...
+
+
+class OutOfMemory(Exception):
+    """A step did not fit into memory. A runner raises it with nothing lost: the step can be planned again."""
+
+
+class Runner(Protocol):
+    """A model behind the batching engine. Called from the engine's thread alone; it may block."""
+
+    @property
+    def model(self) -> ModelSpec: ...
+
+    def warm_up(self) -> None:
+        """Runs the largest shapes once, so that the first request does not pay for them."""
+        ...
+
+    def execute(self, step: list[Work]) -> list[Outcome]:
+        """Computes the work of one step and samples where it ends a sequence; one outcome for each work, in order.
+
+        Keys and values of token t of a sequence lie in slot table[t // block_size] * block_size + t % block_size.
+        Raises OutOfMemory; anything else that it raises ends the process.
+        """
+        ...

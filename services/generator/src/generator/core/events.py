@@ -1,0 +1,92 @@
+"""What a request's stream says, and the account of a request when it has ended."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from generator.core.sequences import TokenLogprob
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The request runs. `prompt_logprobs` begins with the prompt's second token: the first has none."""
+
+    num_prompt: int
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of one completion, and the tokens that it covers."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One completion ended; `stop_match` is the stop string or the end token's text."""
+
+    index: int
+    reason: FinishReason
+    stop_match: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The account of a request. Times are Unix seconds; None where that point was never reached."""
+
+    request_id: str
+    num_prompt: int
+    num_completion: int  # sampled tokens of all completions, the end tokens included
+    num_cached: int
+    reasons: tuple[FinishReason, ...]
+    num_preemptions: int
+    arrived_s: float
+    finished_s: float
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+
+    @property
+    def queue_s(self) -> float:
+        return (self.admitted_s or self.finished_s) - self.arrived_s
+
+    @property
+    def prefill_s(self) -> float:
+        return (self.first_token_s or self.finished_s) - self.admitted_s if self.admitted_s else 0.0
+
+    @property
+    def decode_s(self) -> float:
+        return self.finished_s - self.first_token_s if self.first_token_s else 0.0
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From arrival to the first token."""
+        return self.first_token_s - self.arrived_s if self.first_token_s else None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time between the tokens of one completion; None where there was at most one."""
+        per_completion = self.num_completion / max(1, len(self.reasons))
+        return self.decode_s / (per_completion - 1) if per_completion > 1 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The request ended; always the last event."""
+
+    summary: Summary
+
+
+Event = Started | Delta | Finished | Done

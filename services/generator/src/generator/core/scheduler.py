@@ -1,0 +1,113 @@
+"""Decides at every step which sequences run and for how many tokens. Knows no model and no clock.
+
+Continuous batching: a sequence joins as soon as there is room and leaves as soon as it has finished. There is no
+prefill phase: each step computes, for every chosen sequence, some of the tokens that are not computed yet, so a long
+prompt goes in pieces beside the decoding of others (chunked prefill, Sarathi-Serve, arXiv 2403.02310).
+"""
+
+import bisect
+from dataclasses import dataclass
+
+from chassis.errors import Code, PlatformError
+from generator.core.blocks import BlockManager
+from generator.core.sequences import Sequence, Work
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Bounds of a step and of the queue, in sequences and tokens."""
+
+    max_running: int = 32
+    max_waiting: int = 256
+    # A step without decodes may prefill many tokens at once; beside decodes it must stay short, or streams stutter.
+    max_step_tokens: int = 512
+    max_mixed_prefill_tokens: int = 64
+
+
+class Scheduler:
+    """Owns the waiting queue, the running list and the blocks. Not thread-safe: the engine guards it.
+
+    Invariants: a sequence is waiting, running or gone; only running ones hold blocks; the first in order is never
+    preempted, so as long as one full context fits into the blocks every sequence ends.
+    """
+
+    def __init__(self, blocks: BlockManager, limits: SchedulerLimits) -> None:
+        self.blocks = blocks
+        self._limits = limits
+        self.waiting: list[Sequence] = []  # sorted by order
+        self.running: list[Sequence] = []  # sorted by order
+        self.num_preemptions = 0
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queues a request's sequences, all or none. Raises PlatformError(OVERLOADED) where the queue is full."""
+        if len(self.waiting) + len(sequences) > self._limits.max_waiting:
+            raise PlatformError(
+                Code.OVERLOADED,
+                f"the engine's queue is full ({len(self.waiting)} of {self._limits.max_waiting} sequences wait)",
+                retry_after_s=1.0,
+            )
+        for sequence in sequences:
+            bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a sequence out, whatever it was doing, and frees its blocks. Never between schedule and its step."""
+        for place in (self.running, self.waiting):
+            if sequence in place:
+                place.remove(sequence)
+        self.blocks.release(sequence.table)
+
+    def schedule(self) -> list[Work]:
+        """Plans the next step: first what runs, in order, then new sequences. Empty where nothing waits or runs."""
+        decoding = sum(1 for s in self.running if len(s.token_ids) - s.num_computed == 1)
+        prefill_budget = self._limits.max_step_tokens - decoding
+        if decoding:
+            prefill_budget = min(prefill_budget, self._limits.max_mixed_prefill_tokens)
+        step: list[Work] = []
+        preempted = False
+        for sequence in tuple(self.running):
+            if sequence not in self.running:  # preempted for one before it
+                continue
+            missing = len(sequence.token_ids) - sequence.num_computed
+            num_tokens = 1 if missing == 1 else min(missing, prefill_budget)
+            if num_tokens <= 0:
+                continue
+            while not self.blocks.grow(sequence.table, sequence.num_computed + num_tokens):
+                preempted = True
+                if self._preempt_last() is sequence:
+                    break
+            else:
+                step.append(Work(sequence, num_tokens))
+                prefill_budget -= 0 if missing == 1 else num_tokens
+        if not preempted:  # room that a preemption made belongs to those who run
+            self._admit(step, prefill_budget)
+        return step
+
+    def _admit(self, step: list[Work], prefill_budget: int) -> None:
+        """Admits in strict order: the first that does not fit holds back all behind it, so nobody starves."""
+        while self.waiting and prefill_budget > 0 and len(self.running) < self._limits.max_running:
+            sequence = self.waiting[0]
+            # The whole prompt must fit now, though only a piece is computed: or half-read prompts preempt each other.
+            if self.blocks.blocks_for(len(sequence.token_ids) + 1) > self._free_of_claims():
+                return
+            num_tokens = min(len(sequence.token_ids), prefill_budget)
+            grown = self.blocks.grow(sequence.table, num_tokens)
+            assert grown
+            self.waiting.pop(0)
+            bisect.insort(self.running, sequence, key=lambda s: s.order)
+            step.append(Work(sequence, num_tokens))
+            prefill_budget -= num_tokens
+
+    def _free_of_claims(self) -> int:
+        """Free blocks less those that running prompts will still need."""
+        claimed = sum(max(0, self.blocks.blocks_for(len(s.token_ids)) - len(s.table)) for s in self.running)
+        return self.blocks.num_free - claimed
+
+    def _preempt_last(self) -> Sequence:
+        """Sends the last in order back to the queue; it will be computed anew (preemption by recompute)."""
+        victim = self.running.pop()
+        self.blocks.release(victim.table)
+        victim.num_computed = 0
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        bisect.insort(self.waiting, victim, key=lambda s: s.order)
+        return victim

@@ -1,0 +1,97 @@
+"""A sequence: one completion in the making, as the scheduler and a runner see it, and what a runner answers."""
+
+from dataclasses import dataclass, field
+
+from generator.core.requests import GenerationRequest, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probability of one token before temperature and penalties; `top` has (token, logprob), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One of a request's n completions.
+
+    `token_ids` holds prompt and completion; keys and values of the first `num_computed` lie in the blocks of `table`.
+    After a preemption num_computed is 0 again and the tokens stay: computing them anew gives the same state.
+    """
+
+    request: GenerationRequest
+    index: int
+    arrival: int  # order of arrival over the engine's life
+    seed: int
+    max_new_tokens: int
+    suppressed_ids: tuple[int, ...] = ()  # may not be sampled before min_tokens
+    token_ids: list[int] = field(default_factory=list, repr=False)
+    num_prompt: int = 0
+    num_computed: int = 0
+    table: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list, repr=False)
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_ids)
+        self.num_prompt = len(self.token_ids)
+
+    @property
+    def num_new(self) -> int:
+        """Completion tokens sampled so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sorts by who goes first: higher priority, earlier arrival, lower index."""
+        return (-self.request.priority, self.arrival, self.index)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.request.prompt_logprobs is not None and self.index == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one step does for a sequence: compute its next `num_tokens` tokens."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        """Number of tokens whose keys and values exist after the step."""
+        return self.sequence.num_computed + self.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the sequence's last token, so that the next one can be sampled."""
+        return self.end == len(self.sequence.token_ids) and self.sequence.max_new_tokens > 0
+
+    @property
+    def scored(self) -> range:
+        """Positions of this step whose logits give prompt log probabilities that are still missing.
+
+        Position p scores the prompt's token p + 1. What was scored before a preemption is not scored again.
+        """
+        sequence = self.sequence
+        if not sequence.wants_prompt_logprobs:
+            return range(0)
+        first = max(sequence.num_computed, len(sequence.prompt_logprobs))
+        return range(first, max(first, min(self.end, sequence.num_prompt - 1)))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step brought for one Work: a token if it `samples`, log probabilities for its `scored` positions."""
+
+    token_id: int | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
