@@ -3,17 +3,21 @@
 Routes raise PlatformError and never build an error by hand.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from http import HTTPStatus
 
 import orjson
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from chassis.errors import Code, PlatformError, http_status, openai_type
+
+log = logging.getLogger(__name__)
 
 INTERNAL_MESSAGE = "the server had an error; quote the x-request-id header when you report it"
 
@@ -94,9 +98,18 @@ def from_http_exception(error: HTTPException, method: str, path: str) -> Platfor
 def install(app: FastAPI) -> None:
     """Makes every error of the routes leave in the envelope."""
 
-    async def platform_error(_: Request, exc: Exception) -> Response:
+    async def platform_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, PlatformError)
+        request.scope["state"]["error"] = exc  # for the account of the request
         return error_response(exc)
+
+    async def bad_parameter(_: Request, exc: Exception) -> Response:
+        assert isinstance(exc, RequestValidationError)
+        first = exc.errors()[0]
+        param = str(first["loc"][-1])
+        return error_response(
+            PlatformError(Code.INVALID_ARGUMENT, f"{param}: {first['msg']}", param=param, reason="invalid_value")
+        )
 
     async def http_exception(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
@@ -111,4 +124,10 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(PlatformError, platform_error)
     app.add_exception_handler(HTTPException, http_exception)
+    app.add_exception_handler(RequestValidationError, bad_parameter)
     app.add_exception_handler(Exception, unexpected)
+
+
+def log_unexpected(error: Exception) -> None:
+    """Writes down what the client is not told."""
+    log.error("request failed unexpectedly", exc_info=error)

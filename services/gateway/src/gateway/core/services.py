@@ -117,11 +117,12 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request was admitted and its prompt is known; always the first event."""
+    """A prompt was admitted and is known; comes before its first Delta."""
 
     prompt_tokens: int
     model_version: str
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_index: int = 0  # which prompt, where a request has several
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,55 @@
+"""Puts the HTTP application together: routes within, layers around them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fastapi import APIRouter, FastAPI
+from starlette.types import ASGIApp
+
+from gateway.api import errors
+from gateway.api.middleware import RequestFrame
+from gateway.api.middleware_access import Authentication, BodyCap, RateLimit
+from gateway.api.middleware_account import Accounting, Recorder
+from gateway.api.openai_chat import chat_router
+from gateway.api.openai_completions import completions_router
+from gateway.api.openai_embeddings import embeddings_router
+from gateway.api.openai_models import models_router
+from gateway.core.catalog import Catalog
+from gateway.core.ports import Keys, RequestLimiter
+from gateway.core.services import Embedder
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one request."""
+
+    timeout_s: float
+    max_body_bytes: int
+    max_upload_bytes: int
+
+
+def make_app(
+    *,
+    catalog: Catalog,
+    embedder: Embedder,
+    keys: Keys,
+    limiter: RequestLimiter,
+    recorder: Recorder,
+    limits: Limits,
+    routers: Iterable[APIRouter] = (),
+) -> ASGIApp:
+    """Makes the application; `routers` are those of the gateway's state (documents, jobs, search, admin)."""
+    routes = FastAPI(title="Pressroom", docs_url=None, redoc_url=None, redirect_slashes=False)
+    errors.install(routes)
+    for router in (
+        chat_router(catalog),
+        completions_router(catalog),
+        embeddings_router(embedder),
+        models_router(catalog),
+        *routers,
+    ):
+        routes.include_router(router)
+    # From the outside in: the frame, the key, the account, the limit, the size, the routes.
+    capped = BodyCap(routes, max_body_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
+    accounted = Accounting(RateLimit(capped, limiter=limiter), recorder=recorder)
+    return RequestFrame(Authentication(accounted, keys=keys, open_app=routes), timeout_s=limits.timeout_s)

@@ -1,0 +1,162 @@
+"""Sends the events of a graph to a client: as one JSON answer or as server-sent events.
+
+Keeps the account, watches for a client that leaves, and stops the work at once when it does. Headers go out with the
+first chunk, so that what fails before it is a real HTTP status; what fails later is a last `data:` event.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from chassis.errors import Code, PlatformError
+from gateway.api import errors
+from gateway.core.account import Account
+from gateway.core.graph import Deadline, GraphEvent, Grounding
+from gateway.core.services import Delta, Done, Finished, Started
+
+JsonObject = Mapping[str, Any]
+
+_SSE_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-store"}
+_DONE = b"data: [DONE]\n\n"
+
+
+class Rendering(Protocol):
+    """Turns events into the shapes of one API."""
+
+    def take(self, event: GraphEvent) -> Iterable[JsonObject]:
+        """The chunks that a stream sends for an event; an answer in one piece ignores them."""
+        ...
+
+    def whole(self) -> JsonObject:
+        """The answer in one piece, once all events were taken."""
+        ...
+
+
+def account_of(request: Request) -> Account:
+    """The account that the middleware opened for the request."""
+    account = request.scope["state"]["account"]
+    assert isinstance(account, Account)
+    return account
+
+
+def deadline_of(request: Request) -> Deadline:
+    """When the request's time is up."""
+    return Deadline(request.scope["state"]["deadline_s"])
+
+
+class InferenceResponse(Response):
+    """Runs a graph while it answers."""
+
+    def __init__(
+        self, events: AsyncGenerator[GraphEvent], rendering: Rendering, account: Account, *, stream: bool
+    ) -> None:
+        super().__init__()
+        self._events = events
+        self._rendering = rendering
+        self._account = account
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Works until everything was sent or the client left."""
+        self._account.stream = self._stream
+        work = self._send_stream(scope, send) if self._stream else self._send_whole(scope, receive, send)
+        if not await finished_before_client_left(work, receive):
+            self._account.finish_reason = "cancelled"
+
+    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            async for event in events:
+                self._note(event)
+                for _ in self._rendering.take(event):
+                    pass
+        await json_response(self._rendering.whole())(scope, receive, send)
+
+    async def _send_stream(self, scope: Scope, send: Send) -> None:
+        started = False
+        try:
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    self._note(event)
+                    data = b"".join(map(_sse, self._rendering.take(event)))
+                    if not data:
+                        continue
+                    if not started:
+                        started = True
+                        await send({"type": "http.response.start", "status": 200, "headers": _raw(_SSE_HEADERS)})
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+            last = _DONE
+        except PlatformError as error:
+            if not started:
+                raise
+            scope["state"]["error"] = error
+            last = _sse(errors.envelope(error))
+        except Exception as error:
+            if not started:
+                raise
+            errors.log_unexpected(error)
+            scope["state"]["error"] = errors.internal_error()
+            last = _sse(errors.envelope(errors.internal_error()))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _note(self, event: GraphEvent) -> None:
+        """Keeps the account, and ends what the engine cut off with an error."""
+        match event:
+            case Delta():
+                self._account.produced(event.num_tokens, event.text)
+            case Started():
+                self._account.prompt_known(event.prompt_tokens)
+            case Done():
+                self._account.done(event.usage)
+            case Grounding():
+                self._account.grounded = event.grounded
+            case Finished(reason="deadline"):
+                self._account.finish_reason = "deadline"
+                raise PlatformError(Code.DEADLINE_EXCEEDED, "the request took longer than the server allows")
+            case Finished(reason="cancelled"):
+                self._account.finish_reason = "cancelled"
+                raise PlatformError(Code.UNAVAILABLE, "the generator cancelled the request", retry_after_s=1.0)
+            case Finished():
+                self._account.finish_reason = event.reason
+
+
+async def finished_before_client_left(work: Any, receive: Receive) -> bool:
+    """Runs a coroutine to its end, or cancels it when the client disconnects and returns False.
+
+    Handlers of answers in one piece are not cancelled by the server when the client leaves, hence the watcher.
+    """
+    working = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+            return True
+        return False
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.wait({working, watching})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def json_response(content: JsonObject) -> Response:
+    """An answer in one piece."""
+    return Response(orjson.dumps(content), media_type="application/json")
+
+
+def _sse(chunk: JsonObject) -> bytes:
+    return b"data: " + orjson.dumps(chunk) + b"\n\n"
+
+
+def _raw(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]

@@ -1,0 +1,137 @@
+"""Who may pass and how often: authentication, request limits and the size of bodies."""
+
+import math
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from chassis import context
+from chassis.errors import Code, PlatformError
+from gateway.core.ports import Keys, LimitState, RequestLimiter
+
+_MAX_KEY_CHARS = 256
+_UPLOADS = ("/v1/documents", "/v1/files")
+
+
+def is_protected(path: str) -> bool:
+    """Says whether a path needs a key; what is none of ours is simply not found."""
+    return path.startswith(("/v1/", "/admin/")) or path in ("/v1", "/admin")
+
+
+class Authentication:
+    """Lets only known keys through and leaves the principal in the scope's state."""
+
+    def __init__(self, app: ASGIApp, *, keys: Keys, open_app: ASGIApp) -> None:
+        self._app = app
+        self._open_app = open_app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes open paths on to the routes themselves, and the others once their key is known."""
+        if not is_protected(scope["path"]):
+            await self._open_app(scope, receive, send)
+            return
+        principal = await self._keys.authenticate(_bearer_key(Headers(scope=scope)))
+        state = scope["state"]
+        state["principal"] = principal
+        # The request's task ends with the request, and the outermost layer resets what was before.
+        context.enter(context.RequestContext(state["request_id"], principal.tenant, state["deadline_s"]))
+        await self._app(scope, receive, send)
+
+
+def _bearer_key(headers: Headers) -> str:
+    sent = headers.getlist("authorization")
+    if not sent:
+        raise PlatformError(
+            Code.UNAUTHENTICATED, "no API key: send the header 'Authorization: Bearer sk-...'", reason="invalid_api_key"
+        )
+    scheme, _, key = sent[0].partition(" ")
+    key = key.strip()
+    if len(sent) > 1 or scheme.lower() != "bearer" or not key or not key.isascii() or len(key) > _MAX_KEY_CHARS:
+        raise PlatformError(
+            Code.UNAUTHENTICATED, "the Authorization header must be one 'Bearer <key>'", reason="invalid_api_key"
+        )
+    return key
+
+
+class RateLimit:
+    """Counts every request of a key that has a limit, and says so in OpenAI's headers.
+
+    There is no limit on tokens yet, so there are no headers for one.
+    """
+
+    def __init__(self, app: ASGIApp, *, limiter: RequestLimiter) -> None:
+        self._app = app
+        self._limiter = limiter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on, or raises RATE_LIMITED."""
+        state = await self._limiter.hit(scope["state"]["principal"])
+        if state.limit is not None:
+            scope["state"]["answer_headers"] |= _limit_headers(state)
+        if not state.allowed:
+            raise PlatformError(
+                Code.RATE_LIMITED,
+                f"this key may send {state.limit} requests per minute; try again in {math.ceil(state.reset_s)} s",
+                reason="rate_limit_exceeded",
+                retry_after_s=state.reset_s,
+            )
+        await self._app(scope, receive, send)
+
+
+def _limit_headers(state: LimitState) -> dict[str, str]:
+    return {
+        "x-ratelimit-limit-requests": str(state.limit),
+        "x-ratelimit-remaining-requests": str(state.remaining),
+        "x-ratelimit-reset-requests": _duration(state.reset_s),
+    }
+
+
+def _duration(seconds: float) -> str:
+    """Writes a duration as OpenAI does: 250ms, 6s, 1m0s."""
+    if seconds < 1:
+        return f"{max(0, math.ceil(seconds * 1000))}ms"
+    whole = math.ceil(seconds)
+    return f"{whole}s" if whole < 60 else f"{whole // 60}m{whole % 60}s"
+
+
+class BodyCap:
+    """Refuses bodies that are too large, by what they say and by what really arrives."""
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_upload_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._max_upload_bytes = max_upload_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on with a receive that counts."""
+        headers = Headers(scope=scope)
+        cap = self._cap(scope["path"], headers.get("content-type", ""))
+        said = headers.get("content-length", "")
+        if said.isdecimal() and int(said) > cap:
+            raise _too_large(cap)
+        await self._app(scope, _counted(receive, cap), send)
+
+    def _cap(self, path: str, content_type: str) -> int:
+        is_upload = path in _UPLOADS and content_type.lower().startswith("multipart/")
+        return self._max_upload_bytes if is_upload else self._max_body_bytes
+
+
+def _counted(receive: Receive, cap: int) -> Receive:
+    num_bytes = 0
+
+    async def counted() -> Message:
+        nonlocal num_bytes
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if num_bytes > cap:
+            raise _too_large(cap)
+        return message
+
+    return counted
+
+
+def _too_large(cap: int) -> PlatformError:
+    return PlatformError(
+        Code.PAYLOAD_TOO_LARGE, f"the body is larger than the {cap} bytes that are read", reason="payload_too_large"
+    )

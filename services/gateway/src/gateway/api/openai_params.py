@@ -1,0 +1,110 @@
+"""What the chat and completion routes have in common: sampling and stopping parameters, choices, usage."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from gateway.api.json_body import Body
+from gateway.core.services import Sampling, Stopping, Usage
+
+MAX_CHOICES = 128  # completions of one request, over all of its prompts
+MAX_STOPS = 16
+_MAX_UINT32 = 2**32 - 1
+_MAX_COUNT = 2**31 - 1
+
+TokenId = Annotated[int, Field(ge=0, le=_MAX_UINT32)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class StreamOptions(Body):
+    """How to stream."""
+
+    include_usage: bool | None = None
+
+
+class SamplingBody(Body):
+    """Parameters that both routes take; null means the default, as it does with OpenAI."""
+
+    model: ModelName
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_MAX_COUNT)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: list[StopString] | None = Field(None, max_length=MAX_STOPS)
+    min_tokens: Annotated[int, Field(ge=0, le=_MAX_COUNT)] | None = None
+    ignore_eos: bool | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for key in value or ():
+            if not (key.isascii() and key.isdecimal() and int(key[:11]) <= _MAX_UINT32):
+                raise ValueError(f"the key {key[:40]!r} is no token id")
+        return value
+
+    @field_validator("stream_options")
+    @classmethod
+    def _only_streams(cls, value: StreamOptions | None, info: object) -> StreamOptions | None:
+        if value is not None and not getattr(info, "data", {}).get("stream"):
+            raise ValueError("is only allowed when stream is true")
+        return value
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self) -> Sampling:
+        """The sampling parameters for the generator."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(0, self.top_k or 0),  # -1 means "all" to some clients
+            min_p=self.min_p or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias={int(key): bias for key, bias in (self.logit_bias or {}).items()},
+            seed=None if self.seed is None else self.seed % 2**64,
+        )
+
+    def stopping(self, max_tokens: int | None) -> Stopping:
+        """The stopping parameters for the generator."""
+        return Stopping(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens or 0,
+            stop=tuple(self.stop or ()),
+            ignore_eos=bool(self.ignore_eos),
+        )
+
+
+MaxTokens = Annotated[int, Field(ge=1, le=_MAX_COUNT)]
+MaxTokensOrNone = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
+
+
+def usage_object(usage: Usage) -> dict[str, object]:
+    """OpenAI's usage."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+FinishReason = Literal["stop", "length"]
