@@ -20,7 +20,8 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO, TypeVar
 
 import psutil
 
@@ -30,11 +31,13 @@ _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
+_spawner = ThreadPoolExecutor(1, "testkit-spawner")
+
+
 def _die_with_parent() -> None:
     """Runs in the child before exec: a test runner that is killed leaves no server behind.
 
-    The kernel sends the signal when the thread that started the child ends, so start servers from the main
-    thread or from one that outlives them (asyncio.to_thread's do, while their loop lives).
+    The kernel sends the signal when the thread that started the child ends: hence _spawner, which lives on.
     """
     if _libc is not None:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -80,9 +83,7 @@ class Server(ABC):
         """Starts it, or starts it again on the same port with the same data. Raises RuntimeError with its log."""
         assert not self.running, f"{self.name} runs already"
         with (self.data_dir / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                self._argv(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent
-            )
+            self._process = _spawner.submit(self._spawn, log).result()
         deadline = time.monotonic() + self.start_timeout_s
         try:
             while not self._is_ready():
@@ -94,6 +95,11 @@ class Server(ABC):
         except BaseException:
             self.kill9()
             raise
+
+    def _spawn(self, log: BinaryIO) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self._argv(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent
+        )
 
     def _is_ready(self) -> bool:
         try:

@@ -3,15 +3,19 @@
 import asyncio
 import inspect
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
 
+@overload
 def eventually(
-    fn: Callable[[], T | Awaitable[T]], timeout_s: float = 10.0, interval_s: float = 0.05
-) -> Coroutine[Any, Any, T]:
+    fn: Callable[[], Coroutine[Any, Any, T]], timeout_s: float = ..., interval_s: float = ...
+) -> Coroutine[Any, Any, T]: ...
+@overload
+def eventually(fn: Callable[[], T], timeout_s: float = ..., interval_s: float = ...) -> Coroutine[Any, Any, T]: ...
+def eventually(fn: Callable[[], Any], timeout_s: float = 10.0, interval_s: float = 0.05) -> Coroutine[Any, Any, Any]:
     """Awaits until fn (plain or async) answers something true, and returns that.
 
     fn may use assert: an AssertionError counts as "not yet". Any other exception ends the wait at once.
@@ -22,13 +26,13 @@ def eventually(
     return _eventually(fn, timeout_s, interval_s)
 
 
-async def _eventually(fn: Callable[[], T | Awaitable[T]], timeout_s: float, interval_s: float) -> T:
+async def _eventually(fn: Callable[[], Any], timeout_s: float, interval_s: float) -> Any:
     deadline = time.monotonic() + timeout_s
     while True:
         last: object
         try:
             answer = fn()
-            value = cast(T, await answer if inspect.isawaitable(answer) else answer)
+            value = await answer if inspect.isawaitable(answer) else answer
             if value:
                 return value
             last = f"last answer {value!r}"
