@@ -91,7 +91,10 @@ class SqliteDocuments:
                 """,
                 (JobStatus.CANCELLED, file_id, tenant),
             ).fetchone()
-            return FileRow(*row[:-1], bool(row[-1])) if row else None
+            if row is None:
+                return None
+            is_withdrawn = bool(row[6])
+            return FileRow(row[0], row[1], row[2], row[3], row[4], row[5], is_withdrawn)
 
         return await self._database.read(query)
 
