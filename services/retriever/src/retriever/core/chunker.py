@@ -39,7 +39,7 @@ class Chunker:
         pieces = [split_for_tokenizer(text, _PIECE_CHARS) for text in texts]
         slices = [text[s.start : s.end] for text, spans in zip(texts, pieces, strict=True) for s in spans]
         places = iter(await counter.tokenize(slices))
-        if not slices:
+        if not counter.max_tokens:  # nothing but white space
             return [[] for _ in texts]
         policy = self._policy.capped(counter.max_tokens, counter.num_special_tokens)
         chunks: list[list[str]] = []
@@ -83,13 +83,16 @@ class _Counter:
         self.num_special_tokens = 0
 
     async def tokenize(self, texts: Sequence[str]) -> list[TokenPlaces]:
-        places: list[TokenPlaces] = []
-        for batch in _batches(texts):
-            tokenized = await self._tokenize(texts[batch.start : batch.end])
+        # A blank text has no tokens, and the embedder refuses it as an input.
+        worth = [text for text in texts if text.strip()]
+        found: list[TokenPlaces] = []
+        for batch in _batches(worth):
+            tokenized = await self._tokenize(worth[batch.start : batch.end])
             self.max_tokens = tokenized.max_tokens
             self.num_special_tokens = tokenized.num_special_tokens
-            places.extend(tokenized.places)
-        return places
+            found.extend(tokenized.places)
+        places = iter(found)
+        return [next(places) if text.strip() else TokenPlaces((), ()) for text in texts]
 
 
 def _batches(texts: Sequence[str]) -> Iterator[Span]:

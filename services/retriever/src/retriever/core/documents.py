@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from chassis.errors import Code, PlatformError
 
@@ -22,7 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}\Z")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: the digest is kept
 class Document:
     """A document before it is cut: its whole text, and what is told about it with every hit."""
 
@@ -35,7 +36,7 @@ class Document:
     text: str
     metadata_json: str  # a JSON object
 
-    @property
+    @cached_property
     def content_sha256(self) -> str:
         """sha256 of the indexed text, hex."""
         return sha256_hex(self.text)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retriever.core.chunking import TokenPlaces
-from retriever.core.documents import Chunk, ChunkRef
+from retriever.core.documents import Chunk, ChunkRef, chunk_id
 
 Vector = NDArray[np.float32]  # [dimensions], L2-normalised
 
@@ -74,6 +74,11 @@ class Candidate:
     metadata_json: str
     ordinal: int
     score: float
+
+    @property
+    def chunk_id(self) -> str:
+        """The chunk's name towards clients."""
+        return chunk_id(self.document_id, self.ordinal)
 
 
 class ChunkSearch(Protocol):

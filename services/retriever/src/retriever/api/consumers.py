@@ -1,0 +1,194 @@
+"""The ingest worker: takes jobs from the work queue, runs them, and tells how they end before it acks them."""
+
+import json
+import logging
+from typing import Protocol
+
+from google.protobuf.message import DecodeError
+from pressroom.common.v1 import common_pb2
+from pressroom.events.v1 import events_pb2
+
+from chassis import context, telemetry
+from chassis.bus import Bus, Received
+from chassis.errors import Code, PlatformError
+from contracts.subjects import EVENTS_DOCUMENT_INDEXED
+from retriever.api.cancellations import Cancellations
+from retriever.api.reporter import Reporter
+from retriever.core.documents import check_id, check_tenant
+from retriever.core.indexing import Watcher
+from retriever.core.ingest import Ingestor, IngestOrder, IngestResult
+from retriever.core.patience import is_transient, patiently
+
+log = logging.getLogger(__name__)
+
+DURABLE = "retriever-ingest"
+ACK_WAIT_S = 30.0
+# A service that is away may stay away for more than 20 minutes before a job fails of it: 45 deliveries, most of them
+# 30 s apart, besides what each attempt waits by itself. A crash of ours counts as a delivery too.
+MAX_DELIVER = 45
+BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
+# What nobody foresaw does not get better by trying all day.
+_MAX_UNEXPECTED = 5
+_UNDO_PATIENCE_S = 20.0
+
+
+class Files(Protocol):
+    """Where uploads are read from."""
+
+    async def read(self, file_id: str, sha256: str) -> bytes:
+        """Returns the bytes of a file of the current tenant."""
+        ...
+
+
+class JobCancelled(Exception):
+    """Somebody asked to stop the job; raised between two batches."""
+
+
+class _JobWatcher(Watcher):
+    """Joins one attempt to the job's reports and cancellation."""
+
+    def __init__(self, job_id: str, reporter: Reporter, cancellations: Cancellations) -> None:
+        self._job_id = job_id
+        self._reporter = reporter
+        self._cancellations = cancellations
+
+    def check(self) -> None:
+        if self._job_id in self._cancellations:
+            raise JobCancelled
+
+    async def report(self, done: int, total: int) -> None:
+        await self._reporter.running(done, total)
+
+
+class IngestWorker:
+    """Handles deliveries of IngestJob. Each delivery runs the whole job again and repeats nothing that is done."""
+
+    def __init__(
+        self, bus: Bus, files: Files, ingestor: Ingestor, cancellations: Cancellations, *, patience_s: float
+    ) -> None:
+        self._bus = bus
+        self._files = files
+        self._ingestor = ingestor
+        self._cancellations = cancellations
+        self._patience_s = patience_s
+        self._num_running = 0
+
+    @property
+    def num_running(self) -> int:
+        """Jobs in hand."""
+        return self._num_running
+
+    async def handle(self, received: Received) -> None:
+        """Returns when the job has ended, well or not; raises a retryable error where it is to be delivered again."""
+        job = _parsed(received.payload)
+        request = context.RequestContext(context.current().request_id, job.tenant)
+        self._num_running += 1
+        try:
+            with context.use(request), telemetry.tracer().start_as_current_span("retriever.ingest") as span:
+                span.set_attribute("job_id", job.job_id)
+                await self._handle(job, received.num_delivered)
+        finally:
+            self._num_running -= 1
+
+    async def _handle(self, job: events_pb2.IngestJob, delivery: int) -> None:
+        reporter = Reporter(self._bus, job.job_id, delivery)
+        try:
+            result = await self._run(job, reporter)
+        except JobCancelled:
+            await self._undo(job, is_last=delivery >= MAX_DELIVER)
+            await reporter.ended(common_pb2.JOB_STATUS_CANCELLED)
+            log.info("ingest cancelled", extra={"job_id": job.job_id})
+        except Exception as error:
+            why = _final_reason(error, delivery)
+            if why is None:
+                raise _again(error) from error
+            if not isinstance(error, PlatformError):
+                log.exception("ingest failed unexpectedly", extra={"job_id": job.job_id})
+            await self._undo(job, is_last=delivery >= MAX_DELIVER)
+            await reporter.ended(common_pb2.JOB_STATUS_FAILED, error=why)
+            log.warning("ingest failed", extra={"job_id": job.job_id, "error": why})
+        else:
+            await self._succeed(job, result, reporter)
+        self._cancellations.forget(job.job_id)
+
+    async def _run(self, job: events_pb2.IngestJob, reporter: Reporter) -> IngestResult:
+        watcher = _JobWatcher(job.job_id, reporter, self._cancellations)
+        watcher.check()
+        await reporter.running()
+        data = await patiently(
+            lambda: self._files.read(job.file_id, job.file_sha256),
+            budget_s=self._patience_s,
+            before_each=watcher.check,
+        )
+        order = IngestOrder(
+            job_id=job.job_id,
+            tenant=job.tenant,
+            document_id=job.document_id,
+            content_type=job.content_type,
+            title=job.title,
+            external_id=job.external_id,
+            collection=job.collection,
+            metadata_json=job.metadata_json,
+            filename=job.filename,
+        )
+        return await self._ingestor.run(order, data, watcher)
+
+    async def _succeed(self, job: events_pb2.IngestJob, result: IngestResult, reporter: Reporter) -> None:
+        for document in result.documents:
+            event = events_pb2.DocumentIndexed(
+                document_id=document.document_id,
+                tenant=job.tenant,
+                collection=document.collection,
+                external_id=document.external_id,
+                num_chunks=document.num_chunks,
+                content_sha256=document.content_sha256,
+                job_id=job.job_id,
+            )
+            await self._bus.publish(
+                EVENTS_DOCUMENT_INDEXED,
+                event.SerializeToString(),
+                message_id=f"{job.job_id}.{document.document_id}",
+            )
+        summary = {
+            "document_id": job.document_id,
+            "num_documents": len(result.documents),
+            "num_chunks": result.num_chunks,
+            "num_skipped": result.num_skipped,
+        }
+        await reporter.ended(common_pb2.JOB_STATUS_SUCCEEDED, result_json=json.dumps(summary))
+        log.info("ingest succeeded", extra={"job_id": job.job_id, **summary})
+
+    async def _undo(self, job: events_pb2.IngestJob, *, is_last: bool) -> None:
+        """Removes what the job wrote; on the last delivery its end is told even where that cannot be done."""
+        try:
+            check_id(job.document_id)
+            await patiently(lambda: self._ingestor.undo(job.tenant, job.job_id), budget_s=_UNDO_PATIENCE_S)
+        except PlatformError as error:
+            if is_transient(error) and not is_last:
+                raise _again(error) from error
+            log.error("what a job wrote was left behind", extra={"job_id": job.job_id, "error": repr(error)})
+
+
+def _parsed(payload: bytes) -> events_pb2.IngestJob:
+    """Reads a job; one that cannot even be reported on becomes a dead letter."""
+    try:
+        job = events_pb2.IngestJob.FromString(payload)
+    except DecodeError as error:
+        raise PlatformError(Code.INVALID_ARGUMENT, "an ingest job could not be read") from error
+    check_id(job.job_id, "job_id")
+    check_tenant(job.tenant)
+    return job
+
+
+def _final_reason(error: Exception, delivery: int) -> str | None:
+    """Returns what to tell the client where the job is over; None where it is worth another delivery."""
+    if isinstance(error, PlatformError):
+        if not is_transient(error):
+            return error.message
+        return f"given up after {delivery} attempts: {error.message}" if delivery >= MAX_DELIVER else None
+    return "an unexpected error; the retriever's log has the cause" if delivery >= _MAX_UNEXPECTED else None
+
+
+def _again(error: Exception) -> PlatformError:
+    """Makes the error that has the bus deliver the job again, which a code alone may not say."""
+    return PlatformError(Code.UNAVAILABLE, f"the job is delivered again: {error}", retryable=True)
