@@ -22,7 +22,7 @@ from retriever.core.patience import is_transient, patiently
 log = logging.getLogger(__name__)
 
 DURABLE = "retriever-ingest"
-ACK_WAIT_S = 30.0
+ACK_WAIT_S = 15.0  # a job whose worker was killed is delivered again after this
 # A service that is away may stay away for more than 20 minutes before a job fails of it: 45 deliveries, most of them
 # 30 s apart, besides what each attempt waits by itself. A crash of ours counts as a delivery too.
 MAX_DELIVER = 45

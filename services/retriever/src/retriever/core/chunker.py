@@ -4,6 +4,7 @@ The second count is what makes the promise: a slice may tokenize otherwise than 
 where a break fell inside a word, and what comes out too long is cut again.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from chassis.errors import Code, PlatformError
@@ -45,7 +46,8 @@ class Chunker:
         chunks: list[list[str]] = []
         for text, spans in zip(texts, pieces, strict=True):
             tokens = joined_places(spans, [next(places) for _ in spans])
-            chunks.append([text[s.start : s.end] for s in chunk_spans(text, tokens, policy)])
+            # In a thread: a long text takes seconds, and the worker's heartbeats share the loop.
+            chunks.append(await asyncio.to_thread(_cut, text, tokens, policy))
         await self._verify(chunks, counter, policy)
         return chunks
 

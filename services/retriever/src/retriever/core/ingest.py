@@ -96,11 +96,7 @@ class Ingestor:
             return await patiently(lambda: self._encoder.tokenize(texts), budget_s=patience, before_each=watcher.check)
 
         texts = await self._chunker.chunk([document.text for document in documents], tokenize)
-        plans = [
-            Plan(document, chunks, self._revision(document, version))
-            for document, chunks in zip(documents, texts, strict=True)
-            if chunks
-        ]
+        plans = await asyncio.to_thread(self._plans, documents, texts, version)
         if not plans:
             raise refused("file: it holds no text")
         attempt = Attempt(
@@ -132,6 +128,14 @@ class Ingestor:
         metadata = check_metadata(order.metadata_json)
         extraction = await self._extractor.extract(kind_of(order.content_type), data)
         return [_document(order, collection, metadata, found) for found in extraction.documents], extraction.num_skipped
+
+    def _plans(self, documents: list[Document], texts: list[list[str]], version: str) -> list[Plan]:
+        """Joins documents and their chunks; digests every text, so not on the loop."""
+        return [
+            Plan(document, chunks, self._revision(document, version))
+            for document, chunks in zip(documents, texts, strict=True)
+            if chunks
+        ]
 
     def _revision(self, document: Document, version: str) -> str:
         chunking = self._policy.chunking

@@ -1,5 +1,6 @@
 """Searches: checks what is asked, asks the index, fuses, filters and cuts to what was wanted."""
 
+import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -96,7 +97,9 @@ class Searcher:
         limit = query.top_k * (_WIDENING if query.conditions or query.group_by_document else 1)
         while True:
             candidates, exhausted = await ranked(limit)
-            hits = _chosen(query, candidates)
+            # In a thread where it takes more than a moment: a filter may look at thousands.
+            few = len(candidates) <= 500
+            hits = _chosen(query, candidates) if few else await asyncio.to_thread(_chosen, query, candidates)
             if len(hits) >= query.top_k or exhausted or limit >= MAX_CANDIDATES:
                 return hits[: query.top_k]
             # The filter left too few: look further down. Exact up to MAX_CANDIDATES chunks of a collection.

@@ -28,7 +28,7 @@ class BoundedExtractor:
         if kind is not Kind.PDF and len(data) <= _IN_PROCESS_BYTES:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._threads, read, kind, data, self._limits)
-        return _parsed(await self._run_child(kind, data))
+        return await asyncio.to_thread(_parsed, await self._run_child(kind, data))
 
     async def _run_child(self, kind: Kind, data: bytes) -> bytes:
         bounds = (self._limits.max_chars, self._limits.max_pages, self._limits.max_documents)
