@@ -1,0 +1,37 @@
+# The commands of Pressroom. Everything they need is set up by themselves.
+PYTHON ?= python3
+VENV := .venv/bin
+SRC := $(wildcard libs/*/src services/*/src)
+CHECKED := libs services tests tools
+
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup up down test test-fast lint models
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Make the environment as the lock says
+	@$(PYTHON) libs/devstack/src/devstack/bootstrap.py
+
+up: setup ## Start the system: environment, models, servers, services, sample collection
+	@./pressroom up
+
+down: ## Stop what make up started, and nothing else
+	@if [ -x $(VENV)/python ]; then ./pressroom down; else echo "Nothing is running."; fi
+
+models: setup
+	@$(VENV)/python -m modelstore.prepare --store "$${PRESSROOM_HOME:-.pressroom}/models"
+
+lint: setup ## Style and types
+	$(VENV)/ruff check $(CHECKED)
+	$(VENV)/ruff format --check $(CHECKED)
+	$(VENV)/mypy $(SRC)
+
+test: setup models lint ## Everything: lint, unit, contract, integration, and end to end through the running system
+	$(VENV)/python -m pytest -m "not e2e"
+	$(VENV)/python -m pytest -m e2e
+
+test-fast: setup ## Unit tests alone, under a minute
+	@$(VENV)/python -m pytest -q -m "not integration and not e2e"
