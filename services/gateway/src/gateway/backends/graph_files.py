@@ -3,16 +3,16 @@
 Every mistake is a GraphError that names the file and the field, so that the process exits before a port opens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
-from gateway.core.graph import Answer, GraphError, Sequenced, SpanFactory, Step
+from gateway.core.graph import Answer, GraphError, Node, Sequenced, SpanFactory, Step, check_sequence
 from gateway.core.graph_nodes import Encode, Generate, GenerateGrounded, Grounded, Retrieve
 from gateway.core.services import Embedder, Generator, Retriever
 
@@ -84,6 +84,9 @@ class _EncodeNode(_Declared):
     call: Literal["embed"]
     params: _EncodeParams
 
+    def kind(self) -> type[Node]:
+        return Encode
+
 
 class _RetrieveNode(_Declared):
     id: str = Field(pattern=_NAME)
@@ -91,39 +94,54 @@ class _RetrieveNode(_Declared):
     call: Literal["search"]
     params: _RetrieveParams
 
+    def kind(self) -> type[Node]:
+        return Retrieve
+
+
+def _how_to_generate(params: object) -> str:
+    return "grounded" if isinstance(params, dict) and set(params) - {"model"} else "plain"
+
 
 class _GenerateNode(_Declared):
     id: str = Field(pattern=_NAME)
     service: Literal["generator"]
     call: Literal["generate"]
-    params: _GenerateParams | _GroundedParams
+    params: Annotated[
+        Annotated[_GenerateParams, Tag("plain")] | Annotated[_GroundedParams, Tag("grounded")],
+        Discriminator(_how_to_generate),
+    ]
+
+    def kind(self) -> type[Node]:
+        return Generate if isinstance(self.params, _GenerateParams) else GenerateGrounded
 
 
 _Node = Annotated[_EncodeNode | _RetrieveNode | _GenerateNode, Field(discriminator="service")]
 
 
-class _Graph(_Declared):
+class Declaration(_Declared):
+    """A graph as its file declares it."""
+
     name: str = Field(pattern=_NAME)
     description: str = ""
     block: Literal["sequence"]
     nodes: list[_Node] = Field(min_length=1, max_length=16)
 
 
-def load_graphs(folder: Path, services: Services) -> Mapping[str, Sequenced]:
-    """Reads every *.yaml of a folder; raises GraphError. Blocks: call it before the event loop has work."""
+def read_graphs(folder: Path) -> list[Declaration]:
+    """Reads and checks every *.yaml of a folder; raises GraphError. Blocks: call it before the event loop runs."""
     files = sorted(folder.glob("*.yaml"))
     if not files:
         raise GraphError(f"{folder}: no graph is declared here (*.yaml)")
-    graphs: dict[str, Sequenced] = {}
+    graphs: dict[str, Declaration] = {}
     for file in files:
-        graph = _load(file, services)
+        graph = _read(file)
         if graph.name in graphs:
             raise GraphError(f"{file.name}: name: the graph {graph.name!r} is declared twice")
         graphs[graph.name] = graph
-    return graphs
+    return list(graphs.values())
 
 
-def _load(file: Path, services: Services) -> Sequenced:
+def _read(file: Path) -> Declaration:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
@@ -132,13 +150,17 @@ def _load(file: Path, services: Services) -> Sequenced:
         raise GraphError(f"{file.name}: must hold one mapping with name, block and nodes")
     _refuse_blocks_to_come(file, content)
     try:
-        declared = _Graph.model_validate(content)
-        return _assemble(declared, services)
+        graph = Declaration.model_validate(content)
+        ids = [node.id for node in graph.nodes]
+        if len(set(ids)) != len(ids):
+            raise GraphError(f"the ids must differ: {', '.join(ids)}")
+        check_sequence([(node.id, node.kind()) for node in graph.nodes])
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise GraphError(f"{file.name}: {_field(first['loc'])}: {first['msg']}") from error
     except GraphError as error:
         raise GraphError(f"{file.name}: nodes: {error}") from error
+    return graph
 
 
 def _refuse_blocks_to_come(file: Path, content: Mapping[str, Any]) -> None:
@@ -150,10 +172,13 @@ def _refuse_blocks_to_come(file: Path, content: Mapping[str, Any]) -> None:
     for where, mapping in places:
         for block in _BLOCKS_TO_COME:
             if block in mapping or mapping.get("block") == block:
+                field = where + (block if block in mapping else "block")
                 raise GraphError(
-                    f"{file.name}: {where}{block if block in mapping else 'block'}: the building block {block!r} is "
-                    "not available yet; declare a sequence"
+                    f"{file.name}: {field}: the building block {block!r} is not available yet; declare a sequence"
                 )
+
+
+_UNION_TAGS = ("embedder", "retriever", "generator", "plain", "grounded")
 
 
 def _field(loc: tuple[int | str, ...]) -> str:
@@ -162,32 +187,31 @@ def _field(loc: tuple[int | str, ...]) -> str:
     for step in loc:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step not in ("embedder", "retriever", "generator") and not step.startswith("_"):
+        elif step not in _UNION_TAGS:
             path += f".{step}" if path else step
     return path or "file"
 
 
-def _assemble(graph: _Graph, services: Services) -> Sequenced:
-    ids = [node.id for node in graph.nodes]
-    if len(set(ids)) != len(ids):
-        raise GraphError(f"the ids of the nodes must differ: {', '.join(ids)}")
-    steps: list[Step] = []
-    answer: Answer | None = None
-    model = ""
-    for node in graph.nodes:
-        if answer is not None:
-            raise GraphError(f"node {answer.id!r} streams the answer, so it must be the last")
-        match node:
-            case _EncodeNode():
-                steps.append(Encode(node.id, services.embedder, node.params.model))
-            case _RetrieveNode():
-                params = node.params
-                steps.append(Retrieve(node.id, services.retriever, params.collection, params.top_k, params.min_score))
-            case _GenerateNode():
-                answer, model = _answer(node, services.generator), node.params.model
-    if answer is None:
-        raise GraphError("the last node must be one that streams an answer (service: generator)")
-    return Sequenced(graph.name, graph.description, steps, answer, services.span, model)
+def assemble(declarations: Sequence[Declaration], services: Services) -> dict[str, Sequenced]:
+    """Puts the graphs together, by name."""
+    return {declared.name: _assembled(declared, services) for declared in declarations}
+
+
+def _assembled(graph: Declaration, services: Services) -> Sequenced:
+    *before, last = graph.nodes
+    assert isinstance(last, _GenerateNode)  # check_sequence saw to it
+    steps = [_step(node, services) for node in before]
+    return Sequenced(
+        graph.name, graph.description, steps, _answer(last, services.generator), services.span, last.params.model
+    )
+
+
+def _step(node: _EncodeNode | _RetrieveNode | _GenerateNode, services: Services) -> Step:
+    assert not isinstance(node, _GenerateNode)
+    if isinstance(node, _EncodeNode):
+        return Encode(node.id, services.embedder, node.params.model)
+    params = node.params
+    return Retrieve(node.id, services.retriever, params.collection, params.top_k, params.min_score)
 
 
 def _answer(node: _GenerateNode, generator: Generator) -> Answer:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from chassis.errors import Code, PlatformError
 from gateway.core.services import (
@@ -105,19 +105,12 @@ Value = None | QueryVector | Found
 class Node(Protocol):
     """What every node of a graph has."""
 
+    takes: ClassVar[ValueKind]  # what it needs from the node before it
+    gives: ClassVar[ValueKind]  # what it hands on
+
     @property
     def id(self) -> str:
         """Its name within the graph."""
-        ...
-
-    @property
-    def takes(self) -> ValueKind:
-        """What it needs from the node before it."""
-        ...
-
-    @property
-    def gives(self) -> ValueKind:
-        """What it hands on."""
         ...
 
 
@@ -146,7 +139,6 @@ class Sequenced:
     def __init__(
         self, name: str, description: str, steps: Sequence[Step], answer: Answer, span: SpanFactory, model: str
     ) -> None:
-        _check_chain(name, [*steps, answer])
         self.name = name
         self.description = description
         self.model = model  # the generator's model that answers in the end
@@ -166,14 +158,15 @@ class Sequenced:
                     yield event
 
 
-def _check_chain(name: str, nodes: Sequence[Node]) -> None:
+def check_sequence(nodes: Sequence[tuple[str, type[Node]]]) -> None:
+    """Raises GraphError unless every node, given as id and class, gets what it takes and the last one streams."""
     given = ValueKind.REQUEST
-    for node in nodes:
+    for node_id, node in nodes:
         if node.takes is not given:
-            raise GraphError(f"node {node.id!r} of graph {name!r} takes {node.takes}, but gets {given}")
+            raise GraphError(f"the node {node_id!r} takes {node.takes}, but gets {given}")
         given = node.gives
     if given is not ValueKind.STREAM:
-        raise GraphError(f"the last node of graph {name!r} gives {given}: it must be one that streams an answer")
+        raise GraphError(f"the last node gives {given}: it must be one that streams an answer")
 
 
 def question_of(request: GraphRequest) -> str:

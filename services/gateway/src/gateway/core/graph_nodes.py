@@ -4,6 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from string import Template
+from typing import ClassVar
 
 from chassis.errors import Code, PlatformError
 from gateway.core.graph import (
@@ -38,19 +39,12 @@ from gateway.core.services import (
 class Encode:
     """Turns the question into a vector. A question longer than the encoder reads is cut, for retrieval only."""
 
+    takes: ClassVar[ValueKind] = ValueKind.REQUEST
+    gives: ClassVar[ValueKind] = ValueKind.VECTOR
+
     id: str
     embedder: Embedder
     model: str
-
-    @property
-    def takes(self) -> ValueKind:
-        """The request."""
-        return ValueKind.REQUEST
-
-    @property
-    def gives(self) -> ValueKind:
-        """The question's vector."""
-        return ValueKind.VECTOR
 
     async def call(self, value: Value, request: GraphRequest, deadline: Deadline) -> Value:
         """Embeds the last user turn."""
@@ -65,21 +59,14 @@ class Encode:
 class Retrieve:
     """Finds the chunks nearest to the question."""
 
+    takes: ClassVar[ValueKind] = ValueKind.VECTOR
+    gives: ClassVar[ValueKind] = ValueKind.SOURCES
+
     id: str
     retriever: Retriever
     collection: str
     top_k: int
     min_score: float
-
-    @property
-    def takes(self) -> ValueKind:
-        """The question's vector."""
-        return ValueKind.VECTOR
-
-    @property
-    def gives(self) -> ValueKind:
-        """What was found."""
-        return ValueKind.SOURCES
 
     async def call(self, value: Value, request: GraphRequest, deadline: Deadline) -> Value:
         """Searches the tenant's chunks."""
@@ -114,19 +101,12 @@ def _generation(model: str, request: GraphRequest) -> Generation:
 class Generate:
     """Lets the model complete the prompt as it is."""
 
+    takes: ClassVar[ValueKind] = ValueKind.REQUEST
+    gives: ClassVar[ValueKind] = ValueKind.STREAM
+
     id: str
     generator: Generator
     model: str
-
-    @property
-    def takes(self) -> ValueKind:
-        """The request."""
-        return ValueKind.REQUEST
-
-    @property
-    def gives(self) -> ValueKind:
-        """The answer."""
-        return ValueKind.STREAM
 
     async def stream(self, value: Value, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Passes the generator's events on."""
@@ -156,20 +136,13 @@ class Grounded:
 class GenerateGrounded:
     """Lets the model answer from the sources that were found, or says honestly that there are none."""
 
+    takes: ClassVar[ValueKind] = ValueKind.SOURCES
+    gives: ClassVar[ValueKind] = ValueKind.STREAM
+
     id: str
     generator: Generator
     model: str
     how: Grounded
-
-    @property
-    def takes(self) -> ValueKind:
-        """What was found."""
-        return ValueKind.SOURCES
-
-    @property
-    def gives(self) -> ValueKind:
-        """The answer."""
-        return ValueKind.STREAM
 
     async def stream(self, value: Value, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Says first what the answer rests on, then streams it."""
@@ -205,9 +178,7 @@ class GenerateGrounded:
             stopping = replace(stopping, max_tokens=self.how.max_tokens)
         return replace(request, sampling=sampling, stopping=stopping)
 
-    async def _fitted(
-        self, found: Found, request: GraphRequest, deadline: Deadline
-    ) -> tuple[Chat, tuple[Source, ...]]:
+    async def _fitted(self, found: Found, request: GraphRequest, deadline: Deadline) -> tuple[Chat, tuple[Source, ...]]:
         """Drops the least relevant sources until prompt and completion fit into the context."""
         max_tokens = request.stopping.max_tokens
         assert max_tokens is not None
