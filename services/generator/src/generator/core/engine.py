@@ -60,7 +60,7 @@ class Runner(Protocol):
     def model(self) -> ModelSpec: ...
 
     def warm_up(self) -> None:
-        """Runs the largest shapes once, so that the first request does not pay for them."""
+        """Runs usual shapes once, so that the first request does not pay for what is set up lazily."""
         ...
 
     def execute(self, step: list[Work]) -> list[Outcome]:

@@ -82,10 +82,12 @@ class TorchRunner:
             if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
                 raise OutOfMemory(str(error)) from error
             raise
-        outcomes = {
-            id(work): Outcome(*sampled.get(id(work), (None, None)), tuple(scores.get(id(work), ()))) for work in ordered
-        }
-        return [outcomes[id(work)] for work in step]
+        nothing: tuple[int | None, TokenLogprob | None] = (None, None)
+        outcomes = []
+        for work in step:
+            token_id, logprob = sampled.get(id(work), nothing)
+            outcomes.append(Outcome(token_id, logprob, tuple(scores.get(id(work), ()))))
+        return outcomes
 
     def _sample(self, ordered: list[Work], hidden: Tensor) -> dict[int, tuple[int, TokenLogprob | None]]:
         """Samples for the works that end their sequence; logits are computed for their last rows only."""

@@ -1,0 +1,1 @@
+"""The generator: turns prompts into streams of completion tokens."""

@@ -1,0 +1,109 @@
+"""gRPC: pressroom.generator.v1 over one engine."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from pressroom.generator.v1 import generator_pb2 as pb
+from pressroom.generator.v1 import generator_pb2_grpc
+
+from chassis import context
+from chassis.errors import Code, PlatformError
+from generator.api import accounting, wire
+from generator.core import requests
+from generator.core.engine import Engine
+from generator.core.text import Tokenizer
+
+_ROLES = frozenset({"system", "user", "assistant", "tool"})
+
+
+class RpcContext(Protocol):
+    """What is used of grpc.aio's servicer context."""
+
+    def time_remaining(self) -> float | None: ...
+
+    def add_done_callback(self, callback: Callable[[object], None]) -> None: ...
+
+
+class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
+    """The service of the proto over one engine and its tokenizer."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, clock: Callable[[], float] = time.time) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._clock = clock
+
+    async def Generate(self, request: pb.GenerateRequest, rpc: RpcContext) -> AsyncIterator[pb.GenerateResponse]:
+        self._check_model(request.model)
+        deadline_s = self._deadline(request, rpc)
+        prompt_ids = await self._prompt_ids(request)
+        asked = wire.read_request(request, prompt_ids, context.current().request_id, deadline_s)
+        model = self._engine.model
+        stream = self._engine.submit(asked, lambda summary: accounting.settle(summary, model.id))
+        # Whatever way the call ends, this runs at once; a generator's `finally` may wait for its finaliser.
+        rpc.add_done_callback(lambda _: stream.cancel())
+        async for event in stream:
+            yield wire.write_event(event, asked, model, self._tokenizer)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, rpc: RpcContext) -> pb.TokenizeResponse:
+        self._check_model(request.model)
+        token_ids = await self._prompt_ids(request)
+        return pb.TokenizeResponse(token_ids=token_ids, context_length=self._engine.model.context_length)
+
+    async def ListModels(self, request: pb.ListModelsRequest, rpc: RpcContext) -> pb.ListModelsResponse:
+        return pb.ListModelsResponse(models=[wire.write_model(self._engine.model)])
+
+    async def GetStats(self, request: pb.GetStatsRequest, rpc: RpcContext) -> pb.GetStatsResponse:
+        return wire.write_stats(self._engine.stats())
+
+    async def LoadAdapter(self, request: pb.LoadAdapterRequest, rpc: RpcContext) -> pb.LoadAdapterResponse:
+        raise _no_adapters()
+
+    async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, rpc: RpcContext) -> pb.UnloadAdapterResponse:
+        raise _no_adapters()
+
+    def _check_model(self, model_id: str) -> None:
+        served = self._engine.model.id
+        if model_id != served:
+            message = f"model {model_id!r} is not served here; {served!r} is"
+            raise PlatformError(Code.NOT_FOUND, message, param="model", reason="model_not_found")
+
+    def _deadline(self, request: pb.GenerateRequest, rpc: RpcContext) -> float | None:
+        """The earlier of the call's own deadline and the one in the request, in Unix seconds."""
+        remaining_s = rpc.time_remaining()
+        deadlines = [] if remaining_s is None else [self._clock() + remaining_s]
+        if request.deadline_unix_ms:
+            deadlines.append(request.deadline_unix_ms / 1000)
+        return min(deadlines, default=None)
+
+    async def _prompt_ids(self, request: pb.GenerateRequest | pb.TokenizeRequest) -> list[int]:
+        """Tokenizes the prompt on a thread: a long one takes longer than the event loop may be held."""
+        match request.WhichOneof("prompt"):
+            case "text":
+                self._check_size(request.text)
+                return await asyncio.to_thread(self._tokenizer.encode, request.text)
+            case "chat":
+                messages = wire.read_messages(request.chat)
+                if not messages:
+                    raise PlatformError(Code.INVALID_ARGUMENT, "messages must not be empty", param="messages")
+                for number, message in enumerate(messages):
+                    if message.role not in _ROLES:
+                        param = f"messages[{number}].role"
+                        raise PlatformError(Code.INVALID_ARGUMENT, f"{message.role!r} is not a role", param=param)
+                self._check_size(*(message.content for message in messages))
+                return await asyncio.to_thread(self._tokenizer.encode_chat, messages, request.chat.tools_json)
+            case "token_ids" if isinstance(request, pb.GenerateRequest):
+                return list(request.token_ids.ids)
+        raise PlatformError(Code.INVALID_ARGUMENT, "the request has no prompt", param="prompt")
+
+    def _check_size(self, *texts: str) -> None:
+        """Refuses a text that cannot fit before the tokenizer spends seconds on it."""
+        size_bytes = sum(len(text.encode()) for text in texts)
+        least = size_bytes // self._tokenizer.max_token_bytes
+        if least > self._engine.model.context_length:
+            raise requests.context_overflow(self._engine.model, least, None, at_least=True)
+
+
+def _no_adapters() -> PlatformError:
+    return PlatformError(Code.UNIMPLEMENTED, "adapters cannot be loaded here yet", reason="unsupported")

@@ -1,0 +1,1 @@
+"""Outbound: model runners and the tokenizer, named by technology."""

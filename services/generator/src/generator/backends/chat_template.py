@@ -1,0 +1,88 @@
+"""Renders a chat with the template that came with a model, in jinja2's sandbox and with nothing else in reach.
+
+The environment offers what transformers offers to templates, so that a model's template means the same here.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from chassis.errors import Code, PlatformError
+from generator.core.text import ChatMessage
+
+
+class ChatTemplate:
+    """A compiled template. Raises PlatformError(DATA_LOSS) when the model's file is no template."""
+
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self._special_tokens = special_tokens
+        self._knows_tools = "tools" in source
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise PlatformError(Code.DATA_LOSS, f"the model's chat template is broken: {error}") from error
+
+    def render(self, messages: Sequence[ChatMessage], tools_json: str) -> str:
+        """Returns the prompt, open for the assistant's turn. Raises PlatformError for turns it does not allow."""
+        tools = _load_list("tools", tools_json)
+        if tools and not self._knows_tools:
+            raise PlatformError(
+                Code.UNIMPLEMENTED, "this model's chat template knows no tools", param="tools", reason="unsupported"
+            )
+        try:
+            return self._template.render(
+                messages=[_as_dict(message) for message in messages],
+                tools=tools or None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise PlatformError(
+                Code.INVALID_ARGUMENT, f"the model's chat template refused the messages: {error}", param="messages"
+            ) from error
+
+
+def _as_dict(message: ChatMessage) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls_json:
+        turn["tool_calls"] = _load_list("messages", message.tool_calls_json)
+    if message.tool_call_id:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
+
+
+def _load_list(param: str, text: str) -> list[Any]:
+    if not text:
+        return []
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise PlatformError(Code.INVALID_ARGUMENT, f"{param} is not valid JSON: {error}", param=param) from error
+    if not isinstance(value, list):
+        raise PlatformError(Code.INVALID_ARGUMENT, f"{param} must be a JSON list", param=param)
+    return value
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """jinja2's own filter escapes HTML, which models never saw in training."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,99 @@
+"""Composition root of the generator: the only file that knows every concrete class."""
+
+import asyncio
+import logging
+import sys
+
+from pressroom.generator.v1 import generator_pb2_grpc
+
+from chassis import metrics
+from chassis.app import App
+from chassis.bus import NatsBus, StreamSpec
+from chassis.settings import load_settings
+from contracts import subjects
+from generator.api import consumers
+from generator.api.grpc import GeneratorServicer
+from generator.backends.hf_tokenizer import HfTokenizer
+from generator.backends.torch_runner import TorchRunner, make_runner
+from generator.backends.torch_runner.runner import RunnerOptions
+from generator.core.batching import BatchingEngine
+from generator.core.blocks import BlockManager
+from generator.core.scheduler import SchedulerLimits
+from generator.settings import GeneratorSettings
+from modelstore import Manifest
+
+log = logging.getLogger(__name__)
+
+
+def load(settings: GeneratorSettings) -> tuple[TorchRunner, HfTokenizer]:
+    """Verifies the model's files, then loads and warms it. Blocks for seconds. Raises PlatformError."""
+    manifest = Manifest.load(settings.model_dir)
+    manifest.verify()
+    options = RunnerOptions(
+        max_model_len=settings.max_model_len,
+        kv_cache_bytes=settings.kv_cache_mb * 1024 * 1024,
+        block_size=settings.block_size,
+        num_threads=settings.num_threads,
+        dtype=settings.dtype,
+    )
+    runner = make_runner(
+        settings.model_dir,
+        options,
+        model_id=manifest.id,
+        version=manifest.version,
+        created_unix_s=manifest.created_unix_s,
+    )
+    runner.warm_up()
+    return runner, HfTokenizer.load(settings.model_dir)
+
+
+def main() -> int:
+    settings = load_settings(GeneratorSettings)
+
+    async def setup(app: App) -> None:
+        runner, tokenizer = await asyncio.to_thread(load, settings)
+        log.info(
+            "model loaded",
+            extra={"model": runner.model.id, "dtype": runner.dtype_name, "kv_blocks": runner.num_blocks},
+        )
+        limits = SchedulerLimits(
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
+            max_step_tokens=settings.max_step_tokens,
+            max_mixed_prefill_tokens=settings.max_mixed_prefill_tokens,
+        )
+        engine = BatchingEngine(runner, tokenizer, BlockManager(runner.num_blocks, runner.block_size), limits)
+        engine.start()
+        app.on_close(engine.close)
+        app.spawn("engine", engine.watch())
+
+        async def drain() -> None:
+            engine.drain()
+
+        app.on_drain(drain)
+        app.set_queue_depth(lambda: engine.stats().waiting_sequences)
+        metrics.RUNNING_SEQUENCES.labels(app.name).set_function(lambda: engine.stats().running_sequences)
+        metrics.WAITING_SEQUENCES.labels(app.name).set_function(lambda: engine.stats().waiting_sequences)
+        app.add_grpc(
+            generator_pb2_grpc.add_GeneratorServiceServicer_to_server,
+            GeneratorServicer(engine, tokenizer),
+            "pressroom.generator.v1.GeneratorService",
+        )
+        streams = [StreamSpec(s.name, s.subjects, s.retention, s.max_age_s, s.max_bytes) for s in subjects.STREAMS]
+        bus = NatsBus.connect(settings.nats_url, app.name, streams)
+        app.on_close(bus.close)
+        app.spawn("cancels", bus.listen(subjects.CONTROL_REQUEST_CANCEL, consumers.make_cancel_handler(engine)))
+        app.spawn(
+            "published-models",
+            bus.consume(
+                subjects.EVENTS_MODEL_PUBLISHED,
+                durable=f"generator-{settings.instance}",
+                handler=consumers.on_model_published,
+            ),
+        )
+
+    return App("generator", settings).run(setup)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""What the generator is told by its environment, with the prefix GENERATOR_."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from chassis.settings import ServiceSettings, settings_config
+
+
+class GeneratorSettings(ServiceSettings):
+    """Settings of the generator."""
+
+    model_config = settings_config("GENERATOR_")
+
+    model_dir: Path = Field(description="Folder of the model in the model store, with its manifest.json.")
+    instance: str = Field(
+        "0", pattern=r"^[A-Za-z0-9_-]{1,32}$", description="Name of this replica, kept across restarts."
+    )
+    num_threads: int = Field(2, ge=1, le=256, description="Threads that one step is computed with.")
+    dtype: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the processor has it.")
+    max_model_len: int = Field(2048, ge=128, le=1_048_576, description="Most tokens of prompt and completion together.")
+    kv_cache_mb: int = Field(256, ge=8, le=1_048_576, description="Memory for keys and values, in MiB.")
+    block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of that memory.")
+    max_running: int = Field(32, ge=1, le=1024, description="Most sequences in one batch.")
+    max_waiting: int = Field(256, ge=16, le=65536, description="Sequences that may wait; more are refused.")
+    max_step_tokens: int = Field(512, ge=16, le=65536, description="Most tokens in one step.")
+    max_mixed_prefill_tokens: int = Field(
+        64, ge=1, le=65536, description="Most prompt tokens in a step that others decode in: bounds their stutter."
+    )
