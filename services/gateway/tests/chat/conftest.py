@@ -1,0 +1,268 @@
+"""Fakes of what the gateway's routes call, and the application around them, in process and behind a real server."""
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from starlette.types import ASGIApp
+from testkit import free_port
+
+from chassis.errors import Code, PlatformError
+from chassis.telemetry import tracer
+from gateway.api.http import Limits, make_app
+from gateway.api.middleware_account import Recorder
+from gateway.backends.graph_files import Services, assemble, read_graphs
+from gateway.core.catalog import Catalog
+from gateway.core.ports import LimitState, Principal, RequestRecord
+from gateway.core.services import (
+    Chat,
+    Delta,
+    Done,
+    Embedded,
+    Finished,
+    Generation,
+    GenerationEvent,
+    SearchQuery,
+    ServedModel,
+    Source,
+    Started,
+    Tokenized,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+
+GRAPHS_DIR = Path(__file__).parents[2] / "src" / "gateway" / "graphs"
+KEY = "sk-one-secret"
+LIMITED_KEY = "sk-two-secret"
+CONTEXT_LENGTH = 64
+
+
+def words_of(prompt: Chat | str | tuple[int, ...]) -> list[str]:
+    """The fake's tokenizer: a token is a word."""
+    if isinstance(prompt, Chat):
+        return [word for message in prompt.messages for word in message.content.split()]
+    return prompt.split() if isinstance(prompt, str) else [f"t{token}" for token in prompt]
+
+
+@dataclass
+class FakeGenerator:
+    """Answers with words w0 w1 ..., one token each."""
+
+    calls: list[Generation] = field(default_factory=list)
+    num_cancelled: int = 0
+    num_finished: int = 0
+    token_s: float = 0.0
+    fail_after: int | None = None  # tokens after which `error` is raised
+    error: Exception | None = None
+    context_length: int = CONTEXT_LENGTH
+
+    async def generate(self, call: Generation, *, timeout_s: float) -> AsyncGenerator[GenerationEvent]:
+        assert timeout_s > 0
+        self.calls.append(call)
+        if call.model != "smollm2-135m-instruct":
+            raise PlatformError(Code.NOT_FOUND, "unknown model", param="model", reason="model_not_found")
+        if call.grammar is not None:
+            raise PlatformError(Code.UNIMPLEMENTED, "this engine has no grammars", param="response_format")
+        if self.error is not None and self.fail_after is None:
+            raise self.error
+        prompt = words_of(call.prompt)
+        limit = call.stopping.max_tokens if call.stopping.max_tokens is not None else 8
+        if len(prompt) + limit > self.context_length:
+            raise PlatformError(
+                Code.OUT_OF_RANGE,
+                f"{len(prompt)} prompt tokens and max_tokens {limit} exceed the context of {self.context_length}",
+                param="messages",
+                reason="context_length_exceeded",
+            )
+        complete = False
+        try:
+            yield Started(len(prompt), "v1", self._prompt_logprobs(call, prompt))
+            for number in range(limit):
+                if self.fail_after == number and self.error is not None:
+                    raise self.error
+                await asyncio.sleep(self.token_s)
+                text = ("" if number == 0 else " ") + f"w{number}"
+                for index in range(call.n):
+                    yield Delta(index, text, 1, self._logprobs(call, text))
+            for index in range(call.n):
+                yield Finished(index, "length")
+            complete = True
+            yield Done(Usage(len(prompt), limit * call.n, 1))
+            self.num_finished += 1
+        finally:
+            self.num_cancelled += not complete
+
+    @staticmethod
+    def _logprobs(call: Generation, text: str) -> tuple[TokenLogprob, ...]:
+        if call.logprobs is None:
+            return ()
+        top = tuple(TopLogprob(i, -0.5 - i, f"{text}{i}", text.encode()) for i in range(call.logprobs))
+        return (TokenLogprob(7, -0.5, text, text.encode(), top),)
+
+    @staticmethod
+    def _prompt_logprobs(call: Generation, prompt: Sequence[str]) -> tuple[TokenLogprob, ...]:
+        if call.prompt_logprobs is None:
+            return ()
+        return tuple(TokenLogprob(i, math.nan if i == 0 else -1.0, word, b"") for i, word in enumerate(prompt))
+
+    async def tokenize(self, model: str, prompt: Chat | str, *, timeout_s: float) -> Tokenized:
+        return Tokenized(len(words_of(prompt)), self.context_length)
+
+    async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:
+        if self.error is not None:
+            raise self.error
+        return [ServedModel("smollm2-135m-instruct", 1_700_000_000)]
+
+
+@dataclass
+class FakeEmbedder:
+    """Vectors that say how long a text is; reads at most 16 words."""
+
+    max_tokens: int = 16
+    calls: list[Sequence[object]] = field(default_factory=list)
+    delay_s: float = 0.0
+
+    async def embed(
+        self,
+        model: str,
+        inputs: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        truncate: bool,
+        dimensions: int,
+        timeout_s: float,
+    ) -> Embedded:
+        self.calls.append(inputs)
+        await asyncio.sleep(self.delay_s)
+        if model != "all-minilm-l6-v2":
+            raise PlatformError(Code.NOT_FOUND, f"unknown encoder {model}")
+        counts = [len(one.split()) if isinstance(one, str) else len(one) for one in inputs]
+        if max(counts) > self.max_tokens and not truncate:
+            raise PlatformError(
+                Code.OUT_OF_RANGE,
+                f"an input has {max(counts)} tokens, the encoder reads {self.max_tokens}",
+                param="input",
+                reason="context_length_exceeded",
+            )
+        return Embedded(tuple([count / 8, 0.5, -0.25][: dimensions or 3] for count in counts), sum(counts))
+
+    async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:
+        return [ServedModel("all-minilm-l6-v2", 1_600_000_000)]
+
+
+@dataclass
+class FakeRetriever:
+    """Gives the sources that a test puts in."""
+
+    sources: list[Source] = field(default_factory=list)
+    queries: list[SearchQuery] = field(default_factory=list)
+
+    async def search(self, query: SearchQuery, *, timeout_s: float) -> Sequence[Source]:
+        self.queries.append(query)
+        return self.sources[: query.top_k]
+
+
+class FakeKeys:
+    """Two keys; the second may send two requests."""
+
+    principals = {  # noqa: RUF012
+        KEY: Principal("one", "acme", allows_text=True),
+        LIMITED_KEY: Principal("two", "other", requests_per_minute=2),
+    }
+
+    async def authenticate(self, key: str) -> Principal:
+        try:
+            return self.principals[key]
+        except KeyError:
+            raise PlatformError(Code.UNAUTHENTICATED, "invalid API key", reason="invalid_api_key") from None
+
+
+class FakeLimiter:
+    """Counts and never forgets."""
+
+    def __init__(self) -> None:
+        self._hits: dict[str, int] = {}
+
+    async def hit(self, principal: Principal) -> LimitState:
+        limit = principal.requests_per_minute
+        if limit is None:
+            return LimitState(True, None, 0, 0.0)
+        count = self._hits[principal.key_id] = self._hits.get(principal.key_id, 0) + 1
+        return LimitState(count <= limit, limit, max(0, limit - count), 61.5)
+
+
+class FakeLedger:
+    """Keeps records in a list."""
+
+    def __init__(self) -> None:
+        self.records: list[RequestRecord] = []
+        self.error: Exception | None = None
+
+    async def record(self, record: RequestRecord) -> None:
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        self.records.append(record)
+
+
+@dataclass
+class World:
+    """The application and everything that it was given."""
+
+    app: ASGIApp
+    generator: FakeGenerator
+    embedder: FakeEmbedder
+    retriever: FakeRetriever
+    ledger: FakeLedger
+
+    def client(self, key: str | None = KEY) -> httpx.AsyncClient:
+        """An HTTP client that talks to the application in this process."""
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        transport = httpx.ASGITransport(app=self.app)
+        return httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
+
+
+@pytest.fixture
+def key() -> str:
+    return KEY
+
+
+@pytest.fixture
+def limited_key() -> str:
+    return LIMITED_KEY
+
+
+@pytest.fixture
+def world() -> World:
+    generator, embedder, retriever, ledger = FakeGenerator(), FakeEmbedder(), FakeRetriever(), FakeLedger()
+    services = Services(generator, embedder, retriever, tracer().start_as_current_span)
+    catalog = Catalog(assemble(read_graphs(GRAPHS_DIR), services), generator, embedder)
+    app = make_app(
+        catalog=catalog,
+        embedder=embedder,
+        keys=FakeKeys(),
+        limiter=FakeLimiter(),
+        recorder=Recorder(ledger),
+        limits=Limits(timeout_s=30.0, max_body_bytes=64 * 1024, max_upload_bytes=1024 * 1024),
+    )
+    return World(app, generator, embedder, retriever, ledger)
+
+
+@pytest.fixture
+async def base_url(world: World) -> AsyncIterator[str]:
+    """The application behind a real uvicorn."""
+    port = free_port()
+    server = uvicorn.Server(
+        uvicorn.Config(world.app, host="127.0.0.1", port=port, lifespan="off", log_config=None, access_log=False)
+    )
+    task = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    yield f"http://127.0.0.1:{port}/v1"
+    server.should_exit = True
+    await task
