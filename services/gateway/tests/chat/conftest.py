@@ -10,7 +10,6 @@ import httpx
 import pytest
 import uvicorn
 from starlette.types import ASGIApp
-from testkit import free_port
 
 from chassis.errors import Code, PlatformError
 from chassis.telemetry import tracer
@@ -36,6 +35,7 @@ from gateway.core.services import (
     TopLogprob,
     Usage,
 )
+from testkit import free_port
 
 GRAPHS_DIR = Path(__file__).parents[2] / "src" / "gateway" / "graphs"
 KEY = "sk-one-secret"
@@ -224,7 +224,7 @@ class World:
         """An HTTP client that talks to the application in this process."""
         headers = {"authorization": f"Bearer {key}"} if key else {}
         transport = httpx.ASGITransport(app=self.app)
-        return httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
+        return httpx.AsyncClient(transport=transport, base_url="http://gateway", headers=headers, trust_env=False)
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ async def base_url(world: World) -> AsyncIterator[str]:
         uvicorn.Config(world.app, host="127.0.0.1", port=port, lifespan="off", log_config=None, access_log=False)
     )
     task = asyncio.create_task(server.serve())
-    while not server.started:
+    while not server.started:  # noqa: ASYNC110 - uvicorn offers a flag only
         await asyncio.sleep(0.01)
     yield f"http://127.0.0.1:{port}/v1"
     server.should_exit = True

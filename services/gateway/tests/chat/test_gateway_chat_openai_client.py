@@ -3,6 +3,7 @@
 import openai
 import pytest
 from openai import AsyncOpenAI
+
 from testkit import eventually
 
 MODEL = "smollm2-135m-instruct"

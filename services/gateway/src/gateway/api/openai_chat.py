@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
+from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
 from gateway.api.inference import InferenceResponse, JsonObject, account_of, deadline_of
 from gateway.api.json_body import Body, read_json
@@ -112,20 +113,22 @@ class ChatBody(SamplingBody):
     tool_choice: str | dict[str, Any] | None = None
     collection: Annotated[str, Field(min_length=1, max_length=64)] | None = None
 
-    @model_validator(mode="after")
-    def _top_needs_logprobs(self) -> "ChatBody":
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        return self
+    @field_validator("top_logprobs")
+    @classmethod
+    def _top_needs_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
+            raise ValueError("needs logprobs: true")
+        return value
+
+    def refuse_what_is_missing(self) -> None:
+        """Raises UNIMPLEMENTED for parameters that change the answer and are not there yet."""
+        if self.tools and self.tool_choice != "none":
+            raise PlatformError(Code.UNIMPLEMENTED, "tools are not supported", param="tools")
 
     def request(self, tenant: str) -> GraphRequest:
         """What the graph is asked."""
-        tools = self.tools if self.tools and self.tool_choice != "none" else None
         return GraphRequest(
-            prompt=Chat(
-                tuple(turn.message() for turn in self.messages),
-                tools_json=orjson.dumps(tools).decode() if tools else "",
-            ),
+            prompt=Chat(tuple(turn.message() for turn in self.messages)),
             tenant=tenant,
             sampling=self.sampling(),
             stopping=self.stopping(self.max_completion_tokens or self.max_tokens),
@@ -244,6 +247,7 @@ def chat_router(catalog: Catalog) -> APIRouter:
         graph = catalog.graph(body.model)
         account = account_of(request)
         account.model = graph.name
+        body.refuse_what_is_missing()
         wanted = body.request(principal_of(request).tenant)
         assert isinstance(wanted.prompt, Chat)
         account.prompt_text = "\n".join(message.content for message in wanted.prompt.messages)

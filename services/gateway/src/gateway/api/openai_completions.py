@@ -7,7 +7,7 @@ from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -70,12 +70,13 @@ class CompletionBody(SamplingBody):
     suffix: str | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
-    @model_validator(mode="after")
-    def _not_too_many(self) -> "CompletionBody":
-        num_choices = len(prompts_of(self.prompt)) * (self.n or 1)
+    @field_validator("prompt")
+    @classmethod
+    def _not_too_many(cls, value: Prompts, info: ValidationInfo) -> Prompts:
+        num_choices = len(prompts_of(value)) * (info.data.get("n") or 1)
         if num_choices > MAX_CHOICES:
-            raise ValueError(f"prompt: prompts times n make {num_choices} completions, at most {MAX_CHOICES} are run")
-        return self
+            raise ValueError(f"prompts times n make {num_choices} completions, at most {MAX_CHOICES} are run")
+        return value
 
     def refuse_what_is_missing(self) -> None:
         """Raises UNIMPLEMENTED for parameters that change the answer and are not there yet."""

@@ -1,8 +1,8 @@
 """What the chat and completion routes have in common: sampling and stopping parameters, choices, usage."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from gateway.api.json_body import Body
 from gateway.core.services import Sampling, Stopping, Usage
@@ -59,8 +59,8 @@ class SamplingBody(Body):
 
     @field_validator("stream_options")
     @classmethod
-    def _only_streams(cls, value: StreamOptions | None, info: object) -> StreamOptions | None:
-        if value is not None and not getattr(info, "data", {}).get("stream"):
+    def _only_streams(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
+        if value is not None and not info.data.get("stream"):
             raise ValueError("is only allowed when stream is true")
         return value
 
@@ -105,6 +105,3 @@ def usage_object(usage: Usage) -> dict[str, object]:
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
-
-
-FinishReason = Literal["stop", "length"]
