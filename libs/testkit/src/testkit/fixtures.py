@@ -3,7 +3,9 @@
 Import the names into a conftest, or name this module in the root conftest's pytest_plugins.
 """
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +18,7 @@ from testkit.servers import (
     valkey_server,
 )
 
-__all__ = ["milvus", "milvus_uri", "nats", "nats_url", "valkey", "valkey_url"]
+__all__ = ["milvus", "milvus_uri", "model_store", "nats", "nats_url", "valkey", "valkey_url"]
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +58,12 @@ def milvus() -> Iterator[MilvusServer]:
 def milvus_uri(milvus: MilvusServer) -> str:
     """Its URI."""
     return milvus.uri
+
+
+@pytest.fixture(scope="session")
+def model_store(request: pytest.FixtureRequest) -> Path:
+    """The store with the real models, which `make models` fills; a test that asks for it fails where there is none."""
+    store = Path(os.environ.get("PRESSROOM_HOME", request.config.rootpath / ".pressroom")) / "models"
+    if not store.is_dir():
+        pytest.fail(f"no models in {store}: run `make models` first")
+    return store

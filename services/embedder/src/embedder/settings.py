@@ -16,7 +16,5 @@ class EmbedderSettings(ServiceSettings):
     num_threads: int = Field(1, ge=1, le=64, description="Threads that one batch is computed with.")
     max_batch_texts: int = Field(32, ge=1, le=512, description="Most texts in one batch.")
     max_batch_tokens: int = Field(4096, ge=256, description="Most tokens in one batch, padding included.")
-    batch_window_ms: float = Field(
-        2.0, ge=0, le=100, description="Milliseconds that a busy queue gathers a batch."
-    )
+    batch_window_ms: float = Field(2.0, ge=0, le=100, description="Milliseconds that a busy queue gathers a batch.")
     max_queued_texts: int = Field(4096, ge=1, description="Texts that may wait; more are refused with OVERLOADED.")

@@ -3,7 +3,6 @@
 The prepared tokenizer.json neither cuts nor pads; both are done here, to what the encoder reads.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +31,19 @@ class OnnxEncoder:
         """Verifies and loads a model. Raises PlatformError(DATA_LOSS) where a file is not what the manifest says."""
         manifest = Manifest.load(model_dir)
         manifest.verify()
-        tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(manifest.path("tokenizer.json")))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        config = json.loads((model_dir / "config.json").read_text())
         info = EncoderInfo(
             id=manifest.id,
             version=manifest.version,
-            dimensions=int(config["hidden_size"]),
-            max_tokens=int(manifest.config["max_seq_length"]),
+            dimensions=int(manifest.config["dimensions"]),
+            max_tokens=int(manifest.config["max_tokens"]),
             num_special_tokens=tokenizer.num_special_tokens_to_add(is_pair=False),
             vocabulary_size=tokenizer.get_vocab_size(),
             created_unix_s=manifest.created_unix_s,
         )
-        return cls(info, tokenizer, _open_session(model_dir / "model.onnx", num_threads))
+        return cls(info, tokenizer, _open_session(manifest.path("model.onnx"), num_threads))
 
     def tokenize(self, text: str) -> list[TokenSpan]:
         encoded = self._tokenizer.encode(text, add_special_tokens=False)
