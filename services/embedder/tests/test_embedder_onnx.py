@@ -69,9 +69,7 @@ def test_a_tampered_model_is_refused_with_both_checksums(model_store: Path, tmp_
     content = bytearray(model.read_bytes())
     content[len(content) // 2] ^= 1
     model.write_bytes(content)
-    with pytest.raises(
-        PlatformError, match=r"model\.onnx: expected sha256 [0-9a-f]{64} .*found"
-    ) as caught:
+    with pytest.raises(PlatformError, match=r"model\.onnx: expected sha256 [0-9a-f]{64} .*found") as caught:
         OnnxEncoder.load(folder, 1)
     assert caught.value.code is Code.DATA_LOSS
 
