@@ -68,7 +68,7 @@ class FakeGenerator:
         if call.model != "smollm2-135m-instruct":
             raise PlatformError(Code.NOT_FOUND, "unknown model", param="model", reason="model_not_found")
         if call.grammar is not None:
-            raise PlatformError(Code.UNIMPLEMENTED, "this engine has no grammars", param="response_format")
+            raise PlatformError(Code.UNIMPLEMENTED, "this engine has no grammars", param="grammar")
         if self.error is not None and self.fail_after is None:
             raise self.error
         prompt = words_of(call.prompt)
@@ -77,7 +77,7 @@ class FakeGenerator:
             raise PlatformError(
                 Code.OUT_OF_RANGE,
                 f"{len(prompt)} prompt tokens and max_tokens {limit} exceed the context of {self.context_length}",
-                param="messages",
+                param="prompt",
                 reason="context_length_exceeded",
             )
         complete = False

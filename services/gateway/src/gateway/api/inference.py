@@ -29,6 +29,11 @@ _DONE = b"data: [DONE]\n\n"
 class Rendering(Protocol):
     """Turns events into the shapes of one API."""
 
+    @property
+    def params(self) -> Mapping[str, str]:
+        """What this API calls the fields that the generator names in its errors, where the names differ."""
+        ...
+
     def take(self, event: GraphEvent) -> Iterable[JsonObject]:
         """The chunks that a stream sends for an event; an answer in one piece ignores them."""
         ...
@@ -66,8 +71,16 @@ class InferenceResponse(Response):
         """Works until everything was sent or the client left."""
         self._account.stream = self._stream
         work = self._send_stream(scope, send) if self._stream else self._send_whole(scope, receive, send)
-        if not await finished_before_client_left(work, receive):
-            self._account.finish_reason = "cancelled"
+        try:
+            if not await finished_before_client_left(work, receive):
+                self._account.finish_reason = "cancelled"
+        except PlatformError as error:
+            self._name_field(error)
+            raise
+
+    def _name_field(self, error: PlatformError) -> None:
+        if error.param is not None:
+            error.param = self._rendering.params.get(error.param, error.param)
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events) as events:
@@ -94,6 +107,7 @@ class InferenceResponse(Response):
         except PlatformError as error:
             if not started:
                 raise
+            self._name_field(error)
             scope["state"]["error"] = error
             last = _sse(errors.envelope(error))
         except Exception as error:

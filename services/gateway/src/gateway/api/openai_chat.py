@@ -3,6 +3,7 @@
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -150,6 +151,8 @@ class _Choice:
 
 class ChatRendering:
     """Events as chat.completion and chat.completion.chunk."""
+
+    params = MappingProxyType({"prompt": "messages", "grammar": "response_format"})
 
     def __init__(self, *, model: str, n: int, logprobs: bool, include_usage: bool) -> None:
         self._model = model

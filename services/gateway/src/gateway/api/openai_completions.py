@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Annotated
 
 from fastapi import APIRouter
@@ -110,6 +111,8 @@ class CompletionBody(SamplingBody):
 
 class CompletionRendering:
     """Events as text_completion."""
+
+    params = MappingProxyType({"prompt_logprobs": "echo"})
 
     def __init__(self, body: CompletionBody, requests: Sequence[GraphRequest], model: str) -> None:
         self._model = model
