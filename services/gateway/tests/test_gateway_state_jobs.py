@@ -6,15 +6,14 @@ import os
 import time
 
 import pytest
-from contracts import subjects
 from hypothesis import given
 from hypothesis import strategies as st
 from pressroom.common.v1 import common_pb2
 from pressroom.events.v1 import events_pb2
-from testkit.fake_bus import FakeBus
 
 from chassis.bus import Received
 from chassis.errors import Code, PlatformError
+from contracts import subjects
 from gateway.api.consumers import JobConsumer
 from gateway.backends import events
 from gateway.backends.bus_control import BusControl
@@ -27,6 +26,7 @@ from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.core.content import PDF, TEXT, Inspector, media_type_of
 from gateway.core.documents import Description, Indexed, Library
 from gateway.core.jobs import Job, JobStatus, Report, advanced, cancelled
+from testkit.fake_bus import FakeBus
 
 
 class FakeIndex:

@@ -3,13 +3,13 @@
 import asyncio
 
 import pytest
-from testkit.clock import FakeClock
 
 from chassis.errors import Code, PlatformError
 from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.core.keys import KeyRing
+from testkit.clock import FakeClock
 
 BOOTSTRAP = "sk-boot-0123456789abcdef-_x"
 

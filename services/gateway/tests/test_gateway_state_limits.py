@@ -7,13 +7,13 @@ import uuid
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from testkit.clock import FakeClock
-from testkit.servers import ValkeyServer, valkey_server
-from testkit.waiting import eventually
 
 from gateway.backends.valkey_limits import ValkeyLimiter
 from gateway.core.limits import Breaker, LocalLimiter
 from gateway.core.ports import LimitState, Principal
+from testkit.clock import FakeClock
+from testkit.servers import ValkeyServer, valkey_server
+from testkit.waiting import eventually
 
 
 def principal(limit, key_id=None):
@@ -113,12 +113,6 @@ def test_no_window_ever_lets_more_than_n_through(limit, gaps):
         passed += [clock()] if state.allowed else []
         assert len(passed) <= limit and state.remaining == limit - len(passed)
         assert state.reset_s == pytest.approx(window_end - clock())
-
-
-@pytest.fixture(scope="module")
-def valkey():
-    with valkey_server() as server:
-        yield server
 
 
 @pytest.mark.integration

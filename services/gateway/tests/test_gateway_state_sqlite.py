@@ -1,18 +1,17 @@
 """The database: group commit, isolation of failures, bounds, migrations, and what survives kill -9."""
 
 import asyncio
-import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 
 import pytest
-from testkit.waiting import eventually
 
 from chassis.errors import Code, PlatformError
 from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_schema import MIGRATIONS
+from testkit.waiting import eventually
 
 TABLE = (("CREATE TABLE notes (id INTEGER PRIMARY KEY, text TEXT NOT NULL UNIQUE) STRICT",),)
 
@@ -138,9 +137,7 @@ async def test_full_disk_fails_the_writes_and_nothing_else(database):
         connection.execute(f"PRAGMA max_page_count = {pages}")
 
     await database.write(fill)
-    results = await asyncio.gather(
-        *(database.write(add(f"{i}" * 100_000)) for i in range(3)), return_exceptions=True
-    )
+    results = await asyncio.gather(*(database.write(add(f"{i}" * 100_000)) for i in range(3)), return_exceptions=True)
     assert [r.code for r in results if isinstance(r, PlatformError)] == [Code.UNAVAILABLE] * 3
     assert await database.read(count) == 1
     await database.write(lambda c: c.execute("PRAGMA max_page_count = 1000000").fetchall())
@@ -155,7 +152,9 @@ async def test_readers_cannot_write(database):
 
 async def test_every_connection_keeps_what_it_commits(database):
     pragmas = await database.write(
-        lambda c: tuple(c.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous", "foreign_keys"))
+        lambda c: tuple(
+            c.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous", "foreign_keys")
+        )
     )
     assert pragmas == ("wal", 2, 1)
 
@@ -220,16 +219,14 @@ asyncio.run(main())
 
 async def test_kill_9_loses_nothing_that_was_answered(tmp_path):
     path = tmp_path / "test.db"
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", WRITER, str(path), stdout=subprocess.PIPE)
     assert process.stdout is not None
-    answered = [int(await asyncio.to_thread(process.stdout.readline)) for _ in range(300)]
-    process.send_signal(signal.SIGKILL)
-    answered += [int(line) for line in process.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
-    process.wait(10)
+    answered = [int(await process.stdout.readline()) for _ in range(300)]
+    process.kill()
+    answered += [int(line) for line in (await process.stdout.read()).splitlines(keepends=True) if line.endswith(b"\n")]
+    await process.wait()
     database = await Database.open(path, TABLE)
     written = await database.read(lambda c: {i for (i,) in c.execute("SELECT id FROM notes")})
     assert len(answered) >= 300 and set(answered) <= written
     assert await database.read(lambda c: c.execute("PRAGMA integrity_check").fetchone()) == ("ok",)
     await database.close()
-
-

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
@@ -12,18 +12,24 @@ from gateway.api.json_body import Body, read_json
 from gateway.core.documents import DEFAULT_COLLECTION
 from gateway.core.search import Condition, Hit, Mode, Operator, Question, Scalar, Searcher
 
+_MAX_CONDITIONS = 32
+_MAX_VALUE_CHARS = 1024
+
 Collection = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
-# Longer texts are no metadata, and integers beyond 53 bits would not come back as they were sent.
-MetadataValue = (
-    Annotated[str, Field(max_length=1024)]
-    | bool
-    | Annotated[int, Field(ge=-(2**53), le=2**53)]
-    | Annotated[float, Field(allow_inf_nan=False)]
-)
-MetadataList = Annotated[list[MetadataValue], Field(min_length=1, max_length=100)]
 
-_MAX_CONDITIONS = 32
+
+def _bounded(value: Scalar) -> Scalar:
+    if isinstance(value, str) and len(value) > _MAX_VALUE_CHARS:
+        raise ValueError(f"a text may have {_MAX_VALUE_CHARS} characters at most")
+    # Beyond 53 bits a number would not come back as it was sent.
+    if isinstance(value, int) and abs(value) > 2**53:
+        raise ValueError("an integer must lie within 2^53")
+    return value
+
+
+MetadataValue = Annotated[str | bool | int | float, AfterValidator(_bounded)]
+MetadataList = Annotated[list[MetadataValue], Field(min_length=1, max_length=100)]
 
 
 class Comparisons(Body):
