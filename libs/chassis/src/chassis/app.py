@@ -189,6 +189,7 @@ class App:
     def _make_http_server(self) -> _HttpServer:
         config = uvicorn.Config(
             self._http,
+            interface="asgi3",  # uvicorn takes a bound method for an ASGI 2 application
             host=self._settings.host,
             port=self._settings.http_port,
             lifespan="off",
