@@ -171,7 +171,7 @@ def _parse_file(entry: Any) -> ManifestFile:
     fields = _typed(entry, dict)
     path = _typed(fields["path"], str)
     pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path or str(pure) != path:
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path or str(pure) != path:
         raise ValueError(f"file path {path!r} is not a plain path below the model's folder")
     sha256 = _typed(fields["sha256"], str)
     if len(sha256) != 64 or not _HEX.issuperset(sha256):

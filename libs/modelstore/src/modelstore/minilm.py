@@ -43,7 +43,7 @@ def _export(config_path: Path, weights_path: Path, target: Path) -> None:
     assert set(unknown.missing_keys) <= {"embeddings.position_ids", "embeddings.token_type_ids"}, unknown
     assert set(unknown.unexpected_keys) <= {"embeddings.position_ids"}, unknown
 
-    class LastHiddenState(torch.nn.Module):  # type: ignore[misc]
+    class LastHiddenState(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -57,7 +57,7 @@ def _export(config_path: Path, weights_path: Path, target: Path) -> None:
     axes = {0: "batch", 1: "sequence"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's own deprecation and shape notes
-        # The tracing exporter: 2 s and bit-stable. The dynamo one takes 14 s and writes paths of this machine into the file.
+        # The tracing exporter: 2 s, bit-stable. The dynamo one takes 14 s and writes local paths into the file.
         torch.onnx.export(
             LastHiddenState().eval(),
             (ids, mask),

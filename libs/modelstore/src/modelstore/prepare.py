@@ -23,7 +23,6 @@ from modelstore.manifest import Manifest, write_manifest
 from modelstore.sources import ModelSource, check_sums, load_sources, locate_inputs
 
 _STEPS = ("check-source", "convert", "write", "verify")
-_NEEDED_BYTES = {"smollm2-135m-instruct": 300_000_000, "all-minilm-l6-v2": 110_000_000}
 _MAKING = ".making-"
 _REPLACED = ".replaced-"
 _LOCK_WAIT_S = 600.0
@@ -60,9 +59,9 @@ def _make(store: Path, source: ModelSource) -> Manifest:
     _step(source, "check-source")
     version, inputs = locate_inputs(source)
     check_sums(f"source of model {source.id}", source.inputs, inputs)
-    needed_bytes = _NEEDED_BYTES.get(source.id, 0)
-    if (free_bytes := shutil.disk_usage(store).free) < needed_bytes:
-        raise OSError(errno.ENOSPC, f"model {source.id} needs {needed_bytes} bytes, {free_bytes} are free in {store}")
+    if (free_bytes := shutil.disk_usage(store).free) < source.needed_bytes:
+        why = f"model {source.id} needs {source.needed_bytes} bytes, {free_bytes} are free in {store}"
+        raise OSError(errno.ENOSPC, why)
     making = store / f"{_MAKING}{source.id}-{os.getpid()}"
     making.mkdir()
     try:

