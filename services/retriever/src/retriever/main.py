@@ -6,7 +6,7 @@ from pressroom.retriever.v1 import retriever_pb2_grpc
 
 from chassis import rpc
 from chassis.app import App
-from chassis.bus import NatsBus, StreamSpec
+from chassis.bus import NatsBus
 from chassis.settings import load_settings
 from contracts.subjects import CONTROL_REQUEST_CANCEL, JOBS_INGEST, STREAMS
 from retriever.api.cancellations import Cancellations
@@ -36,6 +36,7 @@ def main() -> int:
         app.spawn("milvus", milvus.watch())
         app.ready_when("milvus", lambda: milvus.connected)
         chunks = MilvusChunks(milvus)
+        app.spawn("settle", chunks.settle())
         encoder = _encoder(app, settings)
         app.add_grpc(
             retriever_pb2_grpc.add_RetrieverServiceServicer_to_server,
@@ -73,11 +74,7 @@ def _start_worker(app: App, settings: RetrieverSettings, encoder: GrpcEncoder, c
         settings.ingest_batch_chunks,
         settings.ingest_patience_s,
     )
-    bus = NatsBus.connect(
-        settings.nats_url,
-        "retriever",
-        [StreamSpec(s.name, s.subjects, s.retention, s.max_age_s, s.max_bytes) for s in STREAMS],
-    )
+    bus = NatsBus.connect(settings.nats_url, "retriever", STREAMS)
     app.on_close(bus.close)
     cancellations = Cancellations()
     ingestor = Ingestor(extractor, encoder, chunks, policy)

@@ -6,8 +6,9 @@ is away every call fails at once with UNAVAILABLE in place of waiting for pymilv
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import grpc
@@ -41,6 +42,9 @@ class MilvusConnection:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="milvus-write")
         self._watcher = ThreadPoolExecutor(1, thread_name_prefix="milvus-watch")
         self._num_waiting = 0
+        self._gate = _Gate()
+        self.is_lite = False
+        self.num_opened = 0
         self._doubt = asyncio.Event()  # a call has failed: look at once
 
     @property
@@ -66,25 +70,39 @@ class MilvusConnection:
 
     async def read(self, call: Callable[[MilvusClient, float], T]) -> T:
         """Runs a read with the client and its timeout in seconds; raises PlatformError."""
-        return await self._run(self._readers, call)
+
+        async def reading(client: MilvusClient, timeout_s: float) -> T:
+            async with self._gate.shared():
+                return await _in(self._readers, call, client, timeout_s)
+
+        return await self._run(reading, self._timeout_s)
 
     async def write(self, call: Callable[[MilvusClient, float], T]) -> T:
         """Runs a write, after all writes before it; raises PlatformError."""
-        return await self._run(self._writer, call)
+        return await self._run(lambda client, s: _in(self._writer, call, client, s), self._timeout_s)
 
-    async def _run(self, pool: ThreadPoolExecutor, call: Callable[[MilvusClient, float], T]) -> T:
+    async def write_alone(self, call: Callable[[MilvusClient, float], T], *, timeout_s: float) -> T:
+        """Runs a write while no read runs; raises PlatformError."""
+
+        async def alone(client: MilvusClient, timeout_s: float) -> T:
+            async with self._gate.exclusive():
+                return await _in(self._writer, call, client, timeout_s)
+
+        return await self._run(alone, timeout_s)
+
+    async def _run(self, call: Callable[[MilvusClient, float], Awaitable[T]], most_s: float) -> T:
         client = self._client
         if client is None:
             raise _away()
         if self._num_waiting >= _MOST_WAITING:
             raise PlatformError(Code.OVERLOADED, "too many searches wait for Milvus", retry_after_s=1.0)
-        timeout_s = context.current().remaining_s(self._timeout_s)
+        timeout_s = context.current().remaining_s(most_s)
         if timeout_s <= 0:
             raise PlatformError(Code.DEADLINE_EXCEEDED, "no time was left to ask Milvus")
         self._num_waiting += 1
         try:
             async with asyncio.timeout(timeout_s):
-                return await asyncio.get_running_loop().run_in_executor(pool, call, client, timeout_s)
+                return await call(client, timeout_s)
         except TimeoutError:
             self._doubt.set()
             raise PlatformError(Code.DEADLINE_EXCEEDED, f"Milvus did not answer within {timeout_s:.1f} s") from None
@@ -109,11 +127,13 @@ class MilvusConnection:
         except (MilvusException, grpc.RpcError, grpc.FutureTimeoutError, TimeoutError, OSError) as error:
             log.debug("milvus is away", extra={"error": " ".join(str(error).split())[:300]})
         else:
-            log.info("milvus connected", extra={"uri": self._uri})
+            self.num_opened += 1
+            log.info("milvus connected", extra={"uri": self._uri, "is_lite": self.is_lite})
 
     def _connected_client(self) -> MilvusClient:
         client = MilvusClient(uri=self._uri, timeout=_PROBE_TIMEOUT_S, dedicated=True)
         try:
+            self.is_lite = "lite" in client.get_server_version(timeout=_PROBE_TIMEOUT_S)
             self._prepare(client)
         except BaseException:
             client.close()
@@ -152,6 +172,47 @@ def _is_transport(error: Exception) -> bool:
     return any(
         sign in text for sign in ("Retry timeout", "Retry run out", "Fail connecting", "closed channel", "UNAVAILABLE")
     )
+
+
+async def _in(
+    pool: ThreadPoolExecutor, call: Callable[[MilvusClient, float], T], client: MilvusClient, timeout_s: float
+) -> T:
+    return await asyncio.get_running_loop().run_in_executor(pool, call, client, timeout_s)
+
+
+class _Gate:
+    """Many share it, or one has it alone; who wants it alone goes before those that come later."""
+
+    def __init__(self) -> None:
+        self._condition = asyncio.Condition()
+        self._num_sharing = 0
+        self._num_exclusive = 0  # holding or waiting
+
+    @asynccontextmanager
+    async def shared(self) -> AsyncIterator[None]:
+        async with self._condition:
+            await self._condition.wait_for(lambda: self._num_exclusive == 0)
+            self._num_sharing += 1
+        try:
+            yield
+        finally:
+            self._num_sharing -= 1
+            await self._tell()
+
+    @asynccontextmanager
+    async def exclusive(self) -> AsyncIterator[None]:
+        self._num_exclusive += 1
+        try:
+            async with self._condition:
+                await self._condition.wait_for(lambda: self._num_sharing == 0)
+            yield
+        finally:
+            self._num_exclusive -= 1
+            await self._tell()
+
+    async def _tell(self) -> None:
+        async with self._condition:
+            self._condition.notify_all()
 
 
 def _away() -> PlatformError:
