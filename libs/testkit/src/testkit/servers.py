@@ -67,13 +67,30 @@ class Server(ABC):
         return self._process is not None and self._process.poll() is None
 
     @property
+    def exit_status(self) -> int | None:
+        """None while it runs; negative for a signal."""
+        return None if self._process is None else self._process.poll()
+
+    @property
     def log(self) -> str:
         """What the server has printed, over all its starts."""
         path = self.data_dir / "server.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
+    def _owns(self, port: int) -> bool:
+        """Whether our process itself listens on a port."""
+        try:
+            connections = psutil.Process(self.pid).net_connections("tcp")
+        except psutil.NoSuchProcess:
+            return False
+        return any(c.laddr.port == port and not c.raddr for c in connections)
+
     @abstractmethod
     def _argv(self) -> list[str]: ...
+
+    def _env(self) -> dict[str, str] | None:
+        """The child's environment; None for our own."""
+        return None
 
     @abstractmethod
     def _answers(self) -> bool:
@@ -98,7 +115,12 @@ class Server(ABC):
 
     def _spawn(self, log: BinaryIO) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            self._argv(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=_die_with_parent
+            self._argv(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=self._env(),
+            preexec_fn=_die_with_parent,
         )
 
     def _is_ready(self) -> bool:
@@ -123,6 +145,16 @@ class Server(ABC):
         if self._process is not None:
             self._process.kill()
             self._process.wait(self.stop_timeout_s)
+
+    def terminate(self) -> None:
+        """SIGTERM, and does not wait."""
+        assert self._process is not None
+        self._process.terminate()
+
+    def wait(self, timeout_s: float) -> int:
+        """Waits for the process to end by itself; returns its exit status. Raises subprocess.TimeoutExpired."""
+        assert self._process is not None
+        return self._process.wait(timeout_s)
 
     def pause(self) -> None:
         """SIGSTOP: connections stay open and nothing answers."""
@@ -218,7 +250,7 @@ class MilvusServer(Server):
         import grpc
 
         # gRPC servers share ports (SO_REUSEPORT), so a second server would bind and be half reachable.
-        if self.port not in {c.laddr.port for c in psutil.Process(self.pid).net_connections("tcp") if not c.raddr}:
+        if not self._owns(self.port):
             return False
         with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
             try:
