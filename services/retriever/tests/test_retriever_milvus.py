@@ -41,10 +41,10 @@ class TestMilvusLite(IndexSuite):
         (chunk,) = await index.read(ACME, [make_chunk().key])
         assert len(chunk.text.encode()) == MAX_CHUNK_BYTES
         vector = bag_of_words("x")
-        for start in range(0, 9000, 1000):
-            await index.write([(make_chunk("d2", i, "x"), vector) for i in range(start, start + 1000)])
+        for start in range(0, 2500, 500):
+            await index.write([(make_chunk("d2", i, "x"), vector) for i in range(start, start + 500)])
         found = await index.find(ACME, document_ids=["d2"])
-        assert sorted(ref.ordinal for ref in found) == list(range(9000))
+        assert sorted(ref.ordinal for ref in found) == list(range(2500))
 
     async def test_what_was_written_survives_kill9_and_the_connection_comes_back(
         self, milvus: MilvusServer, connection: MilvusConnection, index: MilvusChunks
