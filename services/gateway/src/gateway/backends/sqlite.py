@@ -228,8 +228,10 @@ def _translated(error: BaseException) -> BaseException:
 
 
 async def _within(timeout_s: float, future: "asyncio.Future[T]") -> T:
+    # Not asyncio.wait_for: in Python 3.11 it swallows a cancel that arrives together with the result.
     try:
-        return await asyncio.wait_for(future, timeout_s)
+        async with asyncio.timeout(timeout_s):
+            return await future
     except TimeoutError:
         raise PlatformError(Code.DEADLINE_EXCEEDED, "the database did not answer in time") from None
 
