@@ -1,6 +1,7 @@
 """Chunks: never longer than the encoder reads, exact slices, nothing left out."""
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -59,10 +60,9 @@ def covered(text: str, chunks: Sequence[str]) -> bool:
     return not text[done:].strip()
 
 
-words = st.sampled_from(
-    ["heat", "aerodynamics", "3.14", "(a)", "naïve", "日本語", "x" * 120, "foo_bar-baz", "don't", "🙂", "."]
-)
-gaps = st.sampled_from([" ", "  ", "\n", "\n\n", ". ", "", "\t", "\u200b", "\x07"])
+WORDS = ["heat", "aerodynamics", "3.14", "(a)", "naïve", "日本語", "x" * 120, "foo_bar-baz", "don't", "🙂", "."]
+words = st.sampled_from(WORDS)
+gaps = st.sampled_from([" ", "  ", "\n", "\n\n", ". ", "", "\t", "\u200b", " \u200b\x07 "])
 texts = st.lists(st.tuples(words, gaps), max_size=400).map(lambda parts: "".join(a + b for a, b in parts))
 
 
@@ -75,8 +75,8 @@ async def test_chunks_fit_the_encoder_are_slices_and_cover_the_text(text: str, c
     assert covered(text, chunks)
 
 
-@given(text=st.text(max_size=600))
-@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=300))
+@settings(max_examples=40, deadline=None)
 async def test_any_unicode_is_covered(text: str) -> None:
     text = text.encode(errors="ignore").decode()
     (chunks,) = await Chunker(ChunkingPolicy(16, 4)).chunk([text], tokenize)
@@ -95,7 +95,7 @@ async def test_the_default_of_400_tokens_is_capped_by_what_the_encoder_reads() -
 async def test_neighbours_overlap_by_whole_words() -> None:
     text = " ".join(f"word{i}" for i in range(400))
     (chunks,) = await Chunker(ChunkingPolicy(100, 20)).chunk([text], tokenize)
-    for before, after in zip(chunks, chunks[1:], strict=False):
+    for before, after in itertools.pairwise(chunks):
         shared = set(before.split()) & set(after.split())
         assert shared and len(places_of(" ".join(shared))) <= 20
         assert after.split()[0] in before.split()
@@ -151,12 +151,10 @@ async def test_blank_texts_have_no_chunks_and_the_others_keep_their_place() -> N
 @given(text=texts, size=st.integers(130, 400))
 @settings(max_examples=30, deadline=None)
 def test_pieces_for_the_tokenizer_join_to_the_same_tokens(text: str, size: int) -> None:
-    # No word here is longer than a piece; only such a word may be cut.
-    text = text.replace("x" * 120, "x").replace("", "")
-    text = " ".join(part[:100] for part in text.split(" "))
+    text = text.replace("x" * 120, "x")
     pieces = split_for_tokenizer(text, size)
     assert "".join(text[p.start : p.end] for p in pieces) == text
-    if all(len(word) < size for word in text.split()):
+    if all(len(word) < size for word in text.split()):  # only a word longer than a piece may be cut
         whole = places_of(text)
         joined = joined_places(pieces, [places_of(text[p.start : p.end]) for p in pieces])
         assert (list(joined.starts), list(joined.ends)) == (list(whole.starts), list(whole.ends))

@@ -58,7 +58,8 @@ def test_html_shows_what_a_reader_sees() -> None:
         Kind.HTML,
         "<!doctype html><html><head><title> The\n title </title><style>p{}</style></head><body>"
         "<script>alert(1)</script><h1>Head</h1><p>One <b>bold</b>word &amp; more<br>line</p><!-- no -->tail"
-        "<ul><li>a</li><li>b</li></ul><table><tr><td>x</td><td>y</td></tr></table><pre>  keep\n   me</pre></body></html>",
+        "<ul><li>a</li><li>b</li></ul><table><tr><td>x</td><td>y</td></tr></table><pre>  keep\n   me</pre>"
+        "</body></html>",
     )
     assert document.title == "The title"
     assert document.text.split("\n\n")[0:2] == ["Head", "One boldword & more\nline"]
