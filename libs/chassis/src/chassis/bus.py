@@ -180,20 +180,28 @@ class NatsBus:
 
     async def _ensure_streams(self) -> None:
         """Creates what is missing and brings the limits of what is there up to date; tries until it succeeds."""
-        manager = self._client.jsm(timeout=_ANSWER_TIMEOUT_S)
         while True:
             try:
                 for spec in self._streams:
-                    config = _stream_config(spec)
-                    try:
-                        await manager.add_stream(config)
-                    except nats.js.errors.BadRequestError:  # it stands with other limits
-                        await manager.update_stream(config)
+                    await self._ensure(_stream_config(spec))
                 self._ready.set()
                 return
             except (TimeoutError, nats.errors.Error) as error:
-                log.warning("streams are not ready", extra={"error": repr(error)})
+                log.warning("streams are not ready", extra={"error": str(error)})
                 await asyncio.sleep(_RETRY_S)
+
+    async def _ensure(self, config: StreamConfig) -> None:
+        assert config.name is not None
+        manager = self._client.jsm(timeout=_ANSWER_TIMEOUT_S)
+        try:
+            found = (await manager.stream_info(config.name)).config
+        except nats.js.errors.NotFoundError:
+            await manager.add_stream(config)
+            return
+        # Not by adding it again: the server counts the space of a stream that stands twice and may then refuse.
+        limits = ("subjects", "max_age", "max_bytes", "discard", "duplicate_window")
+        if any(getattr(found, name) != getattr(config, name) for name in limits):
+            await manager.update_stream(config)
 
     async def publish(
         self, subject: str, payload: bytes, *, message_id: str, traceparent: str | None = None, timeout_s: float = 5.0
