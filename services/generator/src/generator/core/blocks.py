@@ -1,7 +1,5 @@
 """KV memory as blocks of equal size: who holds which, and what is free. Knows nothing of what a block contains."""
 
-from collections import deque
-
 
 class BlockManager:
     """Hands out block numbers 0..num_blocks-1; a block holds the keys and values of `block_size` tokens.
@@ -13,7 +11,8 @@ class BlockManager:
         assert num_blocks > 0 and block_size > 0
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free: deque[int] = deque(range(num_blocks))
+        # A stack: blocks that were used last are in the caches, and memory that was never needed is never touched.
+        self._free = list(range(num_blocks - 1, -1, -1))
 
     @property
     def num_free(self) -> int:
@@ -33,7 +32,7 @@ class BlockManager:
         if missing > len(self._free):
             return False
         for _ in range(missing):
-            table.append(self._free.popleft())
+            table.append(self._free.pop())
         return True
 
     def release(self, table: list[int]) -> None:

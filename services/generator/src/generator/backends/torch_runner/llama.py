@@ -8,6 +8,8 @@ Legend: N tokens of the step, T tokens of one attention group, B sequences of a 
 H query heads, H_kv key heads, G = H / H_kv, D head size, E hidden size.
 """
 
+import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +49,7 @@ class Llama:
         self._weights = weights
         self.dtype = weights.embedding.dtype
         rows = 2 * config.num_kv_heads * num_slots
-        # Zeros, not empty: padding reads slots nobody wrote, and a NaN there would survive the mask.
-        self._cache = torch.zeros(config.num_layers, rows, config.head_dim, dtype=self.dtype)
+        self._cache = _lazy_zeros(config.num_layers, rows, config.head_dim, dtype=self.dtype)
         self._cos, self._sin = _rope_tables(config, context_length, self.dtype)
 
     def forward(self, batch: FlatBatch) -> Tensor:
@@ -97,6 +98,16 @@ class Llama:
         )
         out = out.view(num_sequences, config.num_kv_heads, per_key_head, -1, config.head_dim).permute(0, 3, 1, 2, 4)
         return out.reshape(query.shape[0], config.num_heads * config.head_dim)
+
+
+def _lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Returns zeros whose pages the system gives when they are first written: an idle engine does not hold them.
+
+    Zeros, not empty: padding reads slots that nobody wrote, and a NaN there would survive the mask.
+    """
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)  # the heads' rows lie far apart: with huge pages the first token touches all
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _rope_tables(config: LlamaConfig, context_length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
