@@ -46,17 +46,15 @@ async def tokenize(texts: Sequence[str]) -> Tokenized:
 
 
 def covered(text: str, chunks: Sequence[str]) -> bool:
-    """Follows the chunks through the text: each starts no later than what is still to be covered."""
+    """Follows the chunks through the text: each starts no later than at what is still to be covered."""
     done = 0
     for chunk in chunks:
         while done < len(text) and text[done].isspace():
             done += 1
-        start = text.find(chunk, max(0, done - len(chunk)))
-        while start != -1 and start + len(chunk) <= done:
-            start = text.find(chunk, start + 1)
-        if start == -1 or start > done:
+        start = text.rfind(chunk, 0, done + len(chunk))
+        if start == -1:
             return False
-        done = start + len(chunk)
+        done = max(done, start + len(chunk))
     return not text[done:].strip()
 
 
