@@ -44,7 +44,8 @@ class LogFile:
     def tail(self, num_lines: int = 12) -> list[str]:
         """Returns the last lines that the current process wrote, in a form for people."""
         lines = self._newest.decode(errors="replace").splitlines()[-num_lines:]
-        return [entry.text for entry in (parse(line, "", 0.0) for line in lines)]
+        shown = [line for raw in lines for line in parse(raw, "", 0.0).text.splitlines()]
+        return shown[-num_lines:]
 
 
 @dataclass(frozen=True, slots=True)

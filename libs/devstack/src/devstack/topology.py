@@ -176,7 +176,7 @@ http: "{host}:{http_port}"
 max_payload: 8MB
 authorization {{ user: "pressroom", password: "{password}" }}
 # An acknowledged publish has reached the disk: what was accepted with 202 survives a power loss.
-jetstream {{ store_dir: "{store}", max_file_store: 4GB, max_memory_store: 64MB, sync_interval: always }}
+jetstream {{ store_dir: "{store}", max_file_store: 8GB, max_memory_store: 64MB, sync_interval: always }}
 """
 
 
