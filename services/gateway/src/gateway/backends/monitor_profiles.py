@@ -16,7 +16,7 @@ class MonitorProfiles:
     """Calls the monitor over a channel that the caller opened and closes."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = monitor_pb2_grpc.MonitorServiceStub(channel)  # type: ignore[no-untyped-call]  # generated code
+        self._stub = monitor_pb2_grpc.MonitorServiceStub(channel)
 
     async def newest(self, model: str | None, limit: int) -> Sequence[Profile]:
         """Returns profiles, newest first; raises PlatformError, UNIMPLEMENTED while the monitor makes none."""

@@ -41,7 +41,7 @@ class RetrieverDocuments:
     """Calls the retriever over a channel that the caller opened and closes."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = retriever_pb2_grpc.RetrieverServiceStub(channel)  # type: ignore[no-untyped-call]  # generated
+        self._stub = retriever_pb2_grpc.RetrieverServiceStub(channel)
 
     async def search(self, question: Question) -> Sequence[Hit]:
         """Returns hits, best first; raises PlatformError."""
