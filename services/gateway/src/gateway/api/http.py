@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastapi import APIRouter, FastAPI
+from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
 from gateway.api import errors
@@ -39,7 +40,9 @@ def make_app(
     routers: Iterable[APIRouter] = (),
 ) -> ASGIApp:
     """Makes the application; `routers` are those of the gateway's state (documents, jobs, search, admin)."""
-    routes = FastAPI(title="Pressroom", docs_url=None, redoc_url=None, redirect_slashes=False)
+    # FastAPI's own spans take the client's headers for their parent and would begin a second trace beside the frame's.
+    no_telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+    routes = FastAPI(title="Pressroom", docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=no_telemetry)
     errors.install(routes)
     for router in (
         chat_router(catalog),
