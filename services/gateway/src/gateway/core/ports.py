@@ -60,7 +60,7 @@ class Keys(Protocol):
     """Checks access keys."""
 
     async def authenticate(self, key: str) -> Principal:
-        """Returns who owns the key; raises PlatformError(UNAUTHENTICATED) alike for malformed, unknown, wrong and revoked."""
+        """Returns who owns the key; raises UNAUTHENTICATED alike for malformed, unknown, wrong and revoked."""
         ...
 
 
