@@ -29,7 +29,6 @@ MAX_DELIVER = 45
 BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 # What nobody foresaw does not get better by trying all day.
 _MAX_UNEXPECTED = 5
-_UNDO_PATIENCE_S = 20.0
 
 
 class Files(Protocol):
@@ -162,7 +161,7 @@ class IngestWorker:
         """Removes what the job wrote; on the last delivery its end is told even where that cannot be done."""
         try:
             check_id(job.document_id)
-            await patiently(lambda: self._ingestor.undo(job.tenant, job.job_id), budget_s=_UNDO_PATIENCE_S)
+            await patiently(lambda: self._ingestor.undo(job.tenant, job.job_id), budget_s=self._patience_s)
         except PlatformError as error:
             if is_transient(error) and not is_last:
                 raise _again(error) from error
