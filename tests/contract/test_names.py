@@ -59,6 +59,12 @@ def test_the_subjects_table_is_the_designs():
     assert all(stream.max_bytes > 0 for stream in STREAMS), "a stream without a bound fills the disk"
 
 
+def test_the_bus_that_we_start_has_room_for_all_streams():
+    """A stream that does not fit is refused, and the services that need it never become ready."""
+    (room,) = re.findall(r"max_file_store: (\d+)GB", topology._NATS_CONFIG)
+    assert sum(stream.max_bytes for stream in STREAMS) <= int(room) * 1000**3
+
+
 def test_every_producer_and_consumer_of_a_subject_is_a_service():
     for row in SUBJECTS:
         named = {*re.split(r",\s*", row.producer), *row.consumers}
