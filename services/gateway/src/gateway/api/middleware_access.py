@@ -10,6 +10,7 @@ from chassis.errors import Code, PlatformError
 from gateway.core.ports import Keys, LimitState, RequestLimiter
 
 _MAX_KEY_CHARS = 256
+_NO_TOKEN_LIMIT = 2**53 - 1  # JavaScript's largest safe integer
 _UPLOADS = ("/v1/documents", "/v1/files")
 
 
@@ -57,7 +58,7 @@ def _bearer_key(headers: Headers) -> str:
 class RateLimit:
     """Counts every request of a key that has a limit, and says so in OpenAI's headers.
 
-    There is no limit on tokens yet, so there are no headers for one.
+    Tokens are counted but not limited yet: their headers say the largest number that every client can read.
     """
 
     def __init__(self, app: ASGIApp, *, limiter: RequestLimiter) -> None:
@@ -84,6 +85,9 @@ def _limit_headers(state: LimitState) -> dict[str, str]:
         "x-ratelimit-limit-requests": str(state.limit),
         "x-ratelimit-remaining-requests": str(state.remaining),
         "x-ratelimit-reset-requests": _duration(state.reset_s),
+        "x-ratelimit-limit-tokens": str(_NO_TOKEN_LIMIT),
+        "x-ratelimit-remaining-tokens": str(_NO_TOKEN_LIMIT),
+        "x-ratelimit-reset-tokens": _duration(0),
     }
 
 

@@ -76,7 +76,7 @@ class SamplingBody(Body):
             top_p=self.top_p,
             top_k=max(0, self.top_k or 0),  # -1 means "all" to some clients
             min_p=self.min_p or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty or 0.0,
             repetition_penalty=self.repetition_penalty,
             logit_bias={int(key): bias for key, bias in (self.logit_bias or {}).items()},
