@@ -1,0 +1,1 @@
+"""The retriever: documents in, chunks and vectors kept, hits out."""
