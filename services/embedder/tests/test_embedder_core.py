@@ -54,8 +54,8 @@ async def test_concurrent_callers_share_batches_and_get_their_own_vectors(
     lists = [[i + 1] * (1 + i % 5) for i in range(12)]
     results = await asyncio.gather(*(batcher.embed([ids]) for ids in lists))
     assert len(runtime.encoder.batches) < 12
-    for ids, (vector,) in zip(lists, results, strict=True):
-        np.testing.assert_allclose(vector, FakeEncoder().encode([ids])[0], atol=1e-5)
+    for ids, (computed,) in zip(lists, results, strict=True):
+        np.testing.assert_allclose(computed.vector, FakeEncoder().encode([ids])[0], atol=1e-5)
 
 
 async def test_batches_keep_their_limits(running: tuple[Runtime, Batcher, EmbedderCore]) -> None:
@@ -102,6 +102,40 @@ async def test_a_broken_batch_fails_its_callers_and_the_next_one_works(
     assert caught.value.code is Code.INTERNAL
     runtime.broken = False
     assert await batcher.embed([[1]])
+
+
+async def test_texts_of_a_request_that_failed_are_not_computed() -> None:
+    computed: list[list[int]] = []
+
+    async def compute(batch: list[list[int]]) -> Floats:
+        computed.extend(batch)
+        await asyncio.sleep(0)  # as a thread does: the loop goes on meanwhile
+        if len(computed) == 4:
+            raise RuntimeError("runtime broke")
+        return np.zeros((len(batch), 16), dtype=np.float32)
+
+    batcher = Batcher(compute, LIMITS)
+    task = asyncio.create_task(batcher.run())
+    with pytest.raises(PlatformError):
+        await batcher.embed([[9]] * 12)  # three batches, of which the first breaks
+    await batcher.embed([[2]])
+    assert computed == [[9]] * 4 + [[2]] and batcher.depth == 0
+    task.cancel()
+
+
+async def test_a_request_larger_than_a_batch_gets_its_vectors_in_order(
+    running: tuple[Runtime, Batcher, EmbedderCore],
+) -> None:
+    lists = [[i + 1] * (1 + 7 * i % 11) for i in range(15)]
+    vectors = [one.vector for one in await running[1].embed(lists)]
+    np.testing.assert_allclose(vectors, FakeEncoder().encode(lists), atol=1e-5)
+
+
+async def test_each_vector_tells_the_run_that_gave_it(running: tuple[Runtime, Batcher, EmbedderCore]) -> None:
+    batcher = running[1]
+    runs = [one.run for one in await batcher.embed([[1]] * 6)]
+    assert sorted(run.num_texts for run in set(runs)) == [2, 4] and len(runs) == 6
+    assert all(run.started_ns <= run.ended_ns for run in runs)
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=16))

@@ -5,11 +5,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 from embedder_suite import FakeEncoder
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pressroom.common.v1 import common_pb2
 from pressroom.embedder.v1 import embedder_pb2 as pb
 from pressroom.embedder.v1 import embedder_pb2_grpc
 
-from chassis import rpc
+from chassis import rpc, telemetry
 from chassis.errors import Code, PlatformError
 from embedder.api.grpc import EmbedderServicer
 from embedder.core.batcher import Batcher, BatchLimits
@@ -48,6 +51,21 @@ async def test_texts_and_their_token_ids_embed_alike(stub: embedder_pb2_grpc.Emb
     assert answer.usage.prompt_tokens == 8 and [e.num_tokens for e in answer.embeddings] == [4, 4]
 
 
+async def test_the_trace_shows_each_run_of_the_encoder_with_its_batch_size(
+    stub: embedder_pb2_grpc.EmbedderServiceStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    monkeypatch.setattr(telemetry, "tracer", lambda: provider.get_tracer("test"))
+    await stub.Embed(pb.EmbedRequest(inputs=_texts("ink", "dries", "here")))
+    run, batch = spans.get_finished_spans()[:2]
+    assert (run.name, dict(run.attributes or {})) == ("encoder.run", {"batch_size": 3})
+    assert batch.name == "embedder.batch" and run.parent is not None
+    assert run.parent.span_id == batch.context.span_id  # type: ignore[union-attr]
+    assert batch.start_time <= run.start_time <= run.end_time <= batch.end_time  # type: ignore[operator]
+
+
 async def test_list_models_tells_the_encoder(stub: embedder_pb2_grpc.EmbedderServiceStub) -> None:
     (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
     assert (model.id, model.dimensions, model.max_tokens) == ("fake", 16, 32)
@@ -62,6 +80,8 @@ async def test_list_models_tells_the_encoder(stub: embedder_pb2_grpc.EmbedderSer
         (pb.EmbedRequest(inputs=_texts("x", "w " * 99)), Code.OUT_OF_RANGE, "input"),
         (pb.EmbedRequest(inputs=_texts(*["x"] * 2049)), Code.INVALID_ARGUMENT, "input"),
         (pb.EmbedRequest(inputs=[pb.EmbedInput()]), Code.INVALID_ARGUMENT, "input"),
+        (pb.EmbedRequest(inputs=_texts(*["x" * 450_000] * 9)), Code.PAYLOAD_TOO_LARGE, "input"),
+        (pb.EmbedRequest(inputs=_texts("x" * 500_001)), Code.OUT_OF_RANGE, "input"),
     ],
 )
 async def test_bad_requests_are_named(

@@ -22,6 +22,11 @@ def main() -> int:
     async def setup(app: App) -> None:
         # One thread: the runtime computes one batch at a time with all the threads that it was given.
         thread = ThreadPoolExecutor(1, thread_name_prefix="encoder")
+
+        async def stop_thread() -> None:
+            await asyncio.to_thread(thread.shutdown, cancel_futures=True)
+
+        app.on_close(stop_thread)
         loop = asyncio.get_running_loop()
         encoder = await loop.run_in_executor(thread, OnnxEncoder.load, settings.model_dir, settings.num_threads)
         await loop.run_in_executor(thread, encoder.encode, [[100] * 8])  # warm-up: allocates before the first caller

@@ -9,6 +9,7 @@ from pressroom.embedder.v1 import embedder_pb2_grpc
 from chassis import metrics, telemetry
 from chassis.errors import Code, PlatformError
 from embedder.core import inputs
+from embedder.core.batcher import BatchRun
 from embedder.core.service import EmbedderCore
 
 SERVICE = "embedder"
@@ -23,11 +24,13 @@ class EmbedderServicer(embedder_pb2_grpc.EmbedderServiceServicer):
     async def Embed(self, request: pb.EmbedRequest, context: object) -> pb.EmbedResponse:
         self._core.check_model(request.model)
         inputs.check_inputs(len(request.inputs))
+        inputs.check_total(sum(len(one.text) + len(one.token_ids.ids) for one in request.inputs))
         # Tokenizing thousands of texts takes longer than the event loop may be held.
         token_lists = await asyncio.to_thread(self._token_lists, request)
         with telemetry.tracer().start_as_current_span("embedder.batch") as span:  # waiting and computing
             span.set_attribute("num_texts", len(token_lists))
             embedded = await self._core.embed(token_lists, request.dimensions)
+            _record_runs({one.run for one in embedded})
         num_tokens = sum(e.num_tokens for e in embedded)
         metrics.TOKENS.labels(SERVICE, self._core.info.id, "prompt").inc(num_tokens)
         return pb.EmbedResponse(
@@ -47,6 +50,7 @@ class EmbedderServicer(embedder_pb2_grpc.EmbedderServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: object) -> pb.TokenizeResponse:
         self._core.check_model(request.model)
         inputs.check_inputs(len(request.texts))
+        inputs.check_total(sum(map(len, request.texts)))
         texts = await asyncio.to_thread(lambda: [self._tokenized(t, i) for i, t in enumerate(request.texts)])
         info = self._core.info
         return pb.TokenizeResponse(texts=texts, max_tokens=info.max_tokens, num_special_tokens=info.num_special_tokens)
@@ -73,3 +77,11 @@ class EmbedderServicer(embedder_pb2_grpc.EmbedderServiceServicer):
                 )
             ]
         )
+
+
+def _record_runs(runs: set[BatchRun]) -> None:
+    """Writes a span for each run that served the request; a run serves many requests, so it is known afterwards."""
+    for run in sorted(runs, key=lambda r: r.started_ns):
+        span = telemetry.tracer().start_span("encoder.run", start_time=run.started_ns)
+        span.set_attribute("batch_size", run.num_texts)
+        span.end(run.ended_ns)

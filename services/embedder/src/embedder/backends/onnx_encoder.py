@@ -28,8 +28,11 @@ class OnnxEncoder:
 
     @classmethod
     def load(cls, model_dir: Path, num_threads: int) -> "OnnxEncoder":
-        """Verifies and loads a model. Raises PlatformError(DATA_LOSS) where a file is not what the manifest says."""
+        """Verifies and loads a model. Raises PlatformError(DATA_LOSS) where a file is not what the manifest says,
+        FAILED_PRECONDITION where the model is of another kind."""
         manifest = Manifest.load(model_dir)
+        if manifest.kind != "encoder":
+            raise PlatformError(Code.FAILED_PRECONDITION, f"model {manifest.id} in {model_dir} is no encoder")
         manifest.verify()
         tokenizer = Tokenizer.from_file(str(manifest.path("tokenizer.json")))
         tokenizer.no_truncation()
@@ -46,7 +49,8 @@ class OnnxEncoder:
         return cls(info, tokenizer, _open_session(manifest.path("model.onnx"), num_threads))
 
     def tokenize(self, text: str) -> list[TokenSpan]:
-        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        # `encode` keeps the interpreter's lock (180,000 tokens held the event loop for 2.4 s); `encode_batch` does not.
+        (encoded,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
         return [TokenSpan(i, start, end) for i, (start, end) in zip(encoded.ids, encoded.offsets, strict=True)]
 
     def encode(self, batch: list[list[int]]) -> Floats:

@@ -5,8 +5,9 @@ is bounded, and a text whose caller has left is not computed.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from chassis.errors import Code, PlatformError
 from embedder.core.pooling import Floats
@@ -24,10 +25,47 @@ class BatchLimits:
     max_queued: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class BatchRun:
+    """One run of the encoder: how many texts it took, of however many callers, and when (Unix time)."""
+
+    num_texts: int
+    started_ns: int
+    ended_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A vector [H] and the run that gave it."""
+
+    vector: Floats
+    run: BatchRun
+
+
+class _Request:
+    """The texts of one caller. `done` ends them all: when every vector is there, one failed or the caller has left."""
+
+    def __init__(self, num_texts: int) -> None:
+        self.done: asyncio.Future[list[Computed]] = asyncio.get_running_loop().create_future()
+        self._num_open = num_texts
+        self._computed: dict[int, Computed] = {}
+
+    def deliver(self, place: int, computed: Computed) -> None:
+        self._computed[place] = computed
+        self._num_open -= 1
+        if self._num_open == 0 and not self.done.done():
+            self.done.set_result([self._computed[i] for i in range(len(self._computed))])
+
+    def fail(self, error: PlatformError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
 class _Waiting:
     ids: list[int]
-    done: asyncio.Future[Floats] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    request: _Request
+    place: int
 
 
 class Batcher:
@@ -44,19 +82,16 @@ class Batcher:
         """Texts that wait."""
         return len(self._queue)
 
-    async def embed(self, inputs: Sequence[list[int]]) -> list[Floats]:
-        """Returns one vector [H] for each list of token ids, in order. Raises PlatformError(OVERLOADED)."""
+    async def embed(self, inputs: Sequence[list[int]]) -> list[Computed]:
+        """Returns one vector for each list of token ids, in order. Raises PlatformError(OVERLOADED)."""
         if len(self._queue) + len(inputs) > self._limits.max_queued:
             raise PlatformError(Code.OVERLOADED, f"{len(self._queue)} texts wait already", retry_after_s=1.0)
-        waiting = [_Waiting(ids) for ids in inputs]
-        self._queue.extend(waiting)
+        if not inputs:
+            return []
+        request = _Request(len(inputs))
+        self._queue.extend(_Waiting(ids, request, place) for place, ids in enumerate(inputs))
         self._arrived.set()
-        try:
-            return list(await asyncio.gather(*(w.done for w in waiting)))
-        except asyncio.CancelledError:
-            for one in waiting:
-                one.done.cancel()
-            raise
+        return await request.done  # cancelling the caller cancels this, and so drops what still waits
 
     async def run(self) -> None:
         """Computes batches for ever. A batch that fails fails its own callers only."""
@@ -70,7 +105,7 @@ class Batcher:
 
     def _take(self) -> list[_Waiting]:
         """Takes the oldest text and those nearest to it in length, within the limits."""
-        self._queue = [w for w in self._queue if not w.done.done()]
+        self._queue = [w for w in self._queue if not w.request.done.done()]
         if not self._queue:
             self._arrived.clear()
             return []
@@ -91,23 +126,23 @@ class Batcher:
         return batch
 
     async def _finish(self, batch: list[_Waiting]) -> None:
+        started_ns = time.time_ns()
         try:
             vectors = await self._compute([w.ids for w in batch])
         except asyncio.CancelledError:
             for one in batch:
-                one.done.cancel()
+                one.request.done.cancel()
             raise
         except PlatformError as error:
             self._fail(batch, error)
         except Exception as error:  # the runtime's own errors: theirs are many kinds, ours is one
             self._fail(batch, PlatformError(Code.INTERNAL, f"the encoder failed: {error}"))
         else:
+            run = BatchRun(len(batch), started_ns, time.time_ns())
             for one, vector in zip(batch, vectors, strict=True):
-                if not one.done.done():
-                    one.done.set_result(vector)
+                one.request.deliver(one.place, Computed(vector, run))
 
     @staticmethod
     def _fail(batch: list[_Waiting], error: PlatformError) -> None:
         for one in batch:
-            if not one.done.done():
-                one.done.set_exception(error)
+            one.request.fail(error)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from chassis.errors import Code, PlatformError
 
 MAX_INPUTS = 2048
-MAX_TEXT_CHARS = 2_000_000
+MAX_TEXT_CHARS = 500_000  # a longer one would hold the interpreter for too long when its tokens are handed over
+MAX_TOTAL_CHARS = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,16 @@ def check_inputs(num_inputs: int) -> None:
     if num_inputs > MAX_INPUTS:
         raise PlatformError(
             Code.INVALID_ARGUMENT, f"input has {num_inputs} items; at most {MAX_INPUTS} are taken", param="input"
+        )
+
+
+def check_total(num_chars: int) -> None:
+    """Refuses inputs that are too large together; a token id counts as a character."""
+    if num_chars > MAX_TOTAL_CHARS:
+        raise PlatformError(
+            Code.PAYLOAD_TOO_LARGE,
+            f"input has {num_chars} characters in all; at most {MAX_TOTAL_CHARS} are taken at once",
+            param="input",
         )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from chassis.errors import Code, PlatformError
 from embedder.core import inputs
-from embedder.core.batcher import Batcher
+from embedder.core.batcher import Batcher, BatchRun
 from embedder.core.encoder import Encoder
 from embedder.core.inputs import TokenSpan
 from embedder.core.pooling import Floats, keep_dimensions
@@ -17,6 +17,7 @@ class Embedded:
 
     vector: Floats
     num_tokens: int
+    run: BatchRun
 
 
 class EmbedderCore:
@@ -51,8 +52,8 @@ class EmbedderCore:
     async def embed(self, token_lists: Sequence[list[int]], dimensions: int) -> list[Embedded]:
         """Embeds what `token_ids` returned, in order."""
         keep = inputs.check_dimensions(dimensions, self.info)
-        vectors = await self._batcher.embed(token_lists)
+        computed = await self._batcher.embed(token_lists)
         return [
-            Embedded(keep_dimensions(vector, keep), len(ids) + self.info.num_special_tokens)
-            for vector, ids in zip(vectors, token_lists, strict=True)
+            Embedded(keep_dimensions(one.vector, keep), len(ids) + self.info.num_special_tokens, one.run)
+            for one, ids in zip(computed, token_lists, strict=True)
         ]
