@@ -19,8 +19,8 @@ class SchedulerLimits:
 
     max_running: int = 32
     max_waiting: int = 256
-    # A step without decodes may prefill many tokens at once; beside decodes it must stay short, or streams stutter.
-    max_step_tokens: int = 512
+    # A step without decodes may prefill more tokens at once; beside decodes it must stay short, or streams stutter.
+    max_step_tokens: int = 128
     max_mixed_prefill_tokens: int = 64
 
 
