@@ -22,6 +22,7 @@ import testkit
 from chassis import context, rpc, telemetry
 from chassis.errors import Code, PlatformError
 from testkit.processes import ServiceProcess
+from testkit.servers import running
 
 pytestmark = pytest.mark.integration
 
@@ -36,19 +37,15 @@ def make_back(nats_url, **settings):
 
 @pytest.fixture(scope="module")
 def back(nats_url):
-    process = make_back(nats_url)
-    process.start()
-    yield process
-    process.close()
+    with running(make_back(nats_url)) as process:
+        yield process
 
 
 @pytest.fixture(scope="module")
 def front(nats_url, back):
     settings = {"NATS_URL": nats_url, "BACK_ADDR": back.address, "SHUTDOWN_GRACE_S": 3}
-    process = ServiceProcess("front", settings, argv=(sys.executable, SCRIPT, "front"))
-    process.start()
-    yield process
-    process.close()
+    with running(ServiceProcess("front", settings, argv=(sys.executable, SCRIPT, "front"))) as process:
+        yield process
 
 
 @pytest.fixture
@@ -236,12 +233,10 @@ async def test_a_condition_that_does_not_hold_is_not_ready_but_healthy(nats_url)
 
 
 async def test_sigterm_lets_a_running_call_finish_and_takes_no_new_one(nats_url):
-    process = make_back(nats_url)
-    try:
-        process.start()
+    with running(make_back(nats_url)) as process:
         async with rpc.connect(process.address) as channel:
             await embed(channel, "look")
-            running = asyncio.create_task(embed(channel, "sleep:1.5"))
+            in_flight = asyncio.create_task(embed(channel, "sleep:1.5"))
             await asyncio.sleep(0.3)
             process.terminate()
             await testkit.eventually(lambda: process.log_lines("service stops"))
@@ -249,29 +244,23 @@ async def test_sigterm_lets_a_running_call_finish_and_takes_no_new_one(nats_url)
                 async with rpc.connect(process.address) as late:
                     await embed(late, "look", timeout_s=1)
             assert caught.value.code in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
-            assert (await running)["trace_id"]
+            assert (await in_flight)["trace_id"]
         assert await asyncio.to_thread(process.wait, 10) == 0
         assert process.log_lines("service stopped")
-    finally:
-        process.close()
 
 
 async def test_sigterm_ends_within_the_grace_what_does_not_end_by_itself(nats_url):
-    process = make_back(nats_url, SHUTDOWN_GRACE_S=1)
-    try:
-        process.start()
+    with running(make_back(nats_url, SHUTDOWN_GRACE_S=1)) as process:
         async with rpc.connect(process.address) as channel:
             await embed(channel, "look")
-            running = asyncio.create_task(embed(channel, "sleep:60", timeout_s=60))
+            in_flight = asyncio.create_task(embed(channel, "sleep:60", timeout_s=60))
             await asyncio.sleep(0.3)
             began = time.monotonic()
             process.terminate()
             assert await asyncio.to_thread(process.wait, 10) == 0
             assert time.monotonic() - began < 5
             with pytest.raises(PlatformError):
-                await running
-    finally:
-        process.close()
+                await in_flight
 
 
 @pytest.mark.parametrize(
@@ -306,21 +295,13 @@ def test_a_taken_port_ends_the_process_and_is_named(nats_url, kind):
 
 
 async def test_a_background_task_that_breaks_ends_the_process(nats_url):
-    process = make_back(nats_url, TROUBLE="task")
-    try:
-        process.start()
+    with running(make_back(nats_url, TROUBLE="task")) as process:
         assert await asyncio.to_thread(process.wait, 15) == 1
         assert "background work broke" in process.log
-    finally:
-        process.close()
 
 
 def test_a_service_starts_and_serves_without_a_bus(back):
     process = make_back(f"nats://127.0.0.1:{testkit.free_port()}")
-    try:
-        process.start()
-        with grpc.insecure_channel(process.address) as channel:
-            stub = embedder_pb2_grpc.EmbedderServiceStub(channel)
-            assert stub.Embed(embedder_pb2.EmbedRequest(model="look"), timeout=5).model_version
-    finally:
-        process.close()
+    with running(process), grpc.insecure_channel(process.address) as channel:
+        stub = embedder_pb2_grpc.EmbedderServiceStub(channel)
+        assert stub.Embed(embedder_pb2.EmbedRequest(model="look"), timeout=5).model_version

@@ -49,8 +49,8 @@ class TestNatsBus(BusSuite):
         nats.kill9()
         await asyncio.to_thread(nats.start)
         async with consuming(bus, subject, seen):
-            await testkit.eventually(lambda: len(seen.received) >= 20, timeout_s=30)
-        assert sorted(seen.payloads, key=int) == [b"%d" % i for i in range(20)]
+            await testkit.eventually(lambda: len(set(seen.payloads)) >= 20, timeout_s=30)
+        assert {int(payload) for payload in seen.payloads} == set(range(20))
 
     async def test_a_frozen_server_costs_a_publisher_no_more_than_its_timeout(self, bus, nats):
         nats.pause()
@@ -80,10 +80,11 @@ class TestNatsBus(BusSuite):
 
         await testkit.eventually(publish_again, timeout_s=30)
         async with consuming(bus, subject, seen):
-            await testkit.eventually(lambda: seen.received)
+            await testkit.eventually(lambda: seen.received, timeout_s=30)
             await bus.publish(subject, b"end", message_id="repeated-end")
-            await testkit.eventually(lambda: b"end" in seen.payloads)
-        assert seen.payloads == [b"x", b"end"]
+            await testkit.eventually(lambda: b"end" in seen.payloads, timeout_s=30)
+        # Not counting what a slow ack may have had delivered again: that is the same message.
+        assert [r.payload for r in seen.received if r.num_delivered == 1] == [b"x", b"end"]
 
 
 async def test_a_bus_made_while_no_server_is_there_connects_when_one_comes():

@@ -297,7 +297,8 @@ class BusSuite:
             await eventually(lambda: bus.connected, timeout_s=30)
             await bus.publish(subject, b"after", message_id=f"{subject}3")
             await eventually(lambda: b"after" in seen.payloads, timeout_s=30)
-        assert seen.payloads == [b"before", b"after"]
+        # "before" may come once more where its ack was on the way when the server went.
+        assert [r.payload for r in seen.received if r.num_delivered == 1] == [b"before", b"after"]
 
 
 async def _heard(recorder: Recorder, count: int) -> None:

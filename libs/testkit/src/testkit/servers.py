@@ -260,30 +260,35 @@ class MilvusServer(Server):
         return True
 
 
-@contextlib.contextmanager
-def nats_server(port: int | None = None, data_dir: pathlib.Path | None = None) -> Iterator[NatsServer]:
-    """A started nats-server; stopped and removed at the end."""
-    yield from _served(NatsServer(port, data_dir))
-
-
-@contextlib.contextmanager
-def valkey_server(port: int | None = None, data_dir: pathlib.Path | None = None) -> Iterator[ValkeyServer]:
-    """A started valkey-server; stopped and removed at the end."""
-    yield from _served(ValkeyServer(port, data_dir))
-
-
-@contextlib.contextmanager
-def milvus_server(port: int | None = None, data_dir: pathlib.Path | None = None) -> Iterator[MilvusServer]:
-    """A started milvus-lite server; stopped and removed at the end."""
-    yield from _served(MilvusServer(port, data_dir))
-
-
 S = TypeVar("S", bound=Server)
 
 
-def _served(server: S) -> Iterator[S]:
+@contextlib.contextmanager
+def running(server: S) -> Iterator[S]:
+    """Starts any server for a block; stops it and removes its folder at the end, a failed start included."""
     try:
         server.start()
         yield server
     finally:
         server.close()
+
+
+@contextlib.contextmanager
+def nats_server(port: int | None = None, data_dir: pathlib.Path | None = None) -> Iterator[NatsServer]:
+    """A started nats-server; stopped and removed at the end."""
+    with running(NatsServer(port, data_dir)) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def valkey_server(port: int | None = None, data_dir: pathlib.Path | None = None) -> Iterator[ValkeyServer]:
+    """A started valkey-server; stopped and removed at the end."""
+    with running(ValkeyServer(port, data_dir)) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def milvus_server(port: int | None = None, data_dir: pathlib.Path | None = None) -> Iterator[MilvusServer]:
+    """A started milvus-lite server; stopped and removed at the end."""
+    with running(MilvusServer(port, data_dir)) as server:
+        yield server
