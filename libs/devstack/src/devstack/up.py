@@ -60,7 +60,8 @@ def up_one(settings: Settings, service: str) -> str:
 def closing_words(env: dict[str, str]) -> list[str]:
     """Returns the base URL, a key and a curl that works when pasted."""
     url, key = env["PRESSROOM_BASE_URL"], env["PRESSROOM_API_KEY"]
-    body = {"model": "rag", "messages": [{"role": "user", "content": "Which service keeps the access keys?"}]}
+    question = {"role": "user", "content": "Which service keeps the access keys?"}
+    body = {"model": "rag", "max_tokens": 64, "messages": [question]}
     return [
         f"  base URL  {url}",
         f"  key       {key}",
