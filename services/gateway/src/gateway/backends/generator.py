@@ -123,7 +123,7 @@ def _sampling(sampling: Sampling) -> pb.SamplingParams:
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         min_p=sampling.min_p,
-        frequency_penalty=sampling.frequency_penalty,
+        frequency_penalty=sampling.frequency_penalty or 0.0,
         presence_penalty=sampling.presence_penalty,
         repetition_penalty=sampling.repetition_penalty,
         logit_bias=dict(sampling.logit_bias),

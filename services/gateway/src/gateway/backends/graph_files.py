@@ -59,7 +59,7 @@ class _GroundedParams(_Declared):
     nothing_found: str = Field(min_length=1)
     max_tokens: int = Field(ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    repetition_penalty: float | None = Field(None, gt=0)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
 
     @field_validator("template")
     @classmethod

@@ -129,7 +129,7 @@ class Grounded:
     nothing_found: str
     max_tokens: int
     temperature: float | None
-    repetition_penalty: float | None
+    frequency_penalty: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +172,8 @@ class GenerateGrounded:
         sampling, stopping = request.sampling, request.stopping
         if sampling.temperature is None:
             sampling = replace(sampling, temperature=self.how.temperature)
-        if sampling.repetition_penalty is None:
-            sampling = replace(sampling, repetition_penalty=self.how.repetition_penalty)
+        if sampling.frequency_penalty is None:
+            sampling = replace(sampling, frequency_penalty=self.how.frequency_penalty)
         if stopping.max_tokens is None:
             stopping = replace(stopping, max_tokens=self.how.max_tokens)
         return replace(request, sampling=sampling, stopping=stopping)
@@ -206,7 +206,8 @@ class GenerateGrounded:
             for i, source in enumerate(sources, start=1)
         )
         asked = Template(self.how.template).substitute(sources=shown, question=question)
-        messages = [Message("system", "\n\n".join(text for text in system if text))]
+        instruction = "\n\n".join(text for text in system if text)
+        messages = [Message("system", instruction)] if instruction else []
         for i, turn in enumerate(turns):
             if turn.role != "system":
                 messages.append(Message("user", asked) if i == last_user else turn)

@@ -38,7 +38,7 @@ class Sampling:
     top_p: float | None = None
     top_k: int = 0
     min_p: float = 0.0
-    frequency_penalty: float = 0.0
+    frequency_penalty: float | None = None
     presence_penalty: float = 0.0
     repetition_penalty: float | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
