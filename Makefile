@@ -7,7 +7,7 @@ CHECKED := libs services tests tools
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up down test test-fast lint models
+.PHONY: help setup up down test test-fast lint models protos
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,12 @@ down: ## Stop what make up started, and nothing else
 
 models: setup
 	@$(VENV)/python -m modelstore.prepare --store "$${PRESSROOM_HOME:-.pressroom}/models"
+
+protos: setup ## Generate the code of changed protos; publish what was added, unless something was broken
+	$(VENV)/buf lint proto
+	$(VENV)/buf breaking proto --against proto/published.binpb
+	$(VENV)/python tools/gen_protos.py
+	$(VENV)/buf build proto --exclude-source-info -o proto/published.binpb
 
 lint: setup ## Style and types
 	$(VENV)/ruff check $(CHECKED)

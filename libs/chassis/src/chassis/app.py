@@ -170,7 +170,8 @@ class App:
     async def _run_all(self, what: str, functions: Any) -> None:
         for function in tuple(functions):
             try:
-                await asyncio.wait_for(function(), self._settings.shutdown_grace_s)
+                async with asyncio.timeout(self._settings.shutdown_grace_s):
+                    await function()
             except Exception:
                 log.exception("step of the shutdown failed", extra={"step": what})
 

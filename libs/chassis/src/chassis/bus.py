@@ -221,6 +221,8 @@ class NatsBus:
             await self._client.jetstream(timeout=timeout_s).publish(
                 subject, payload, timeout=timeout_s, headers=headers
             )
+        except nats.errors.MaxPayloadError as error:
+            raise PlatformError(Code.PAYLOAD_TOO_LARGE, f"the bus takes no message of {len(payload)} bytes") from error
         except (TimeoutError, nats.errors.Error, OSError) as error:
             raise PlatformError(
                 Code.UNAVAILABLE, f"the bus did not take a message: {error!r}", retry_after_s=1.0
@@ -302,7 +304,8 @@ class NatsBus:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._client.is_connected:
             with contextlib.suppress(nats.errors.Error, asyncio.TimeoutError, OSError):
-                await asyncio.wait_for(self._client.close(), _ANSWER_TIMEOUT_S)
+                async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                    await self._client.close()
 
 
 @dataclass(frozen=True, slots=True)

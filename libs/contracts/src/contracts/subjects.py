@@ -61,7 +61,7 @@ CONTROL_REQUEST_CANCEL = PREFIX + "control.request.cancel"
 SUBJECTS: tuple[Subject, ...] = (
     Subject(EVENTS_REQUEST_COMPLETED, events_pb2.RequestCompleted, "EVENTS", "gateway", ("monitor",)),
     Subject(EVENTS_GUARD_FLAGGED, events_pb2.GuardFlagged, "EVENTS", "gateway", ("monitor",)),
-    Subject(EVENTS_DOCUMENT_INDEXED, events_pb2.DocumentIndexed, "EVENTS", "retriever", ("gateway",)),
+    Subject(EVENTS_DOCUMENT_INDEXED, events_pb2.DocumentIndexed, "EVENTS", "retriever", ()),
     Subject(EVENTS_DRIFT_DETECTED, events_pb2.DriftDetected, "EVENTS", "monitor", ("trainer",)),
     Subject(EVENTS_MODEL_PUBLISHED, events_pb2.ModelPublished, "EVENTS", "trainer", ("generator",)),
     Subject(EVENTS_MODEL_PROMOTED, events_pb2.ModelPromoted, "EVENTS", "gateway", ("generator",)),
