@@ -8,6 +8,7 @@ the one that was started (its name, its password, or its process owning the port
 import contextlib
 import ctypes
 import json
+import os
 import pathlib
 import secrets
 import shutil
@@ -157,9 +158,15 @@ class Server(ABC):
         return self._process.wait(timeout_s)
 
     def pause(self) -> None:
-        """SIGSTOP: connections stay open and nothing answers."""
+        """SIGSTOP, and waits until every thread has stopped: connections stay open and nothing answers."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        # A signal is not at once: on a busy machine a thread may run on for a while, and answer.
+        deadline = time.monotonic() + self.stop_timeout_s
+        while os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG) is None:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self.name} did not stop")
+            time.sleep(0.001)
 
     def resume(self) -> None:
         """SIGCONT."""
