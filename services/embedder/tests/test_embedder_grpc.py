@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from embedder_suite import FakeEncoder
@@ -17,6 +18,23 @@ from chassis.errors import Code, PlatformError
 from embedder.api.grpc import EmbedderServicer
 from embedder.core.batcher import Batcher, BatchLimits
 from embedder.core.service import EmbedderCore
+from testkit import eventually
+
+
+@asynccontextmanager
+async def _served(
+    encoder: FakeEncoder, batcher: Batcher
+) -> AsyncIterator[tuple[embedder_pb2_grpc.EmbedderServiceStub, Batcher]]:
+    task = asyncio.create_task(batcher.run())
+    server = rpc.make_server("embedder")
+    servicer = EmbedderServicer(EmbedderCore(encoder, batcher))
+    embedder_pb2_grpc.add_EmbedderServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with rpc.connect(f"127.0.0.1:{port}") as channel:
+        yield embedder_pb2_grpc.EmbedderServiceStub(channel), batcher
+    await server.stop(0)
+    task.cancel()
 
 
 @pytest.fixture
@@ -26,17 +44,8 @@ async def stub() -> AsyncIterator[embedder_pb2_grpc.EmbedderServiceStub]:
     async def compute(batch: list[list[int]]):  # type: ignore[no-untyped-def]
         return encoder.encode(batch)
 
-    batcher = Batcher(compute, BatchLimits(8, 512, 0.001, 4096))
-    task = asyncio.create_task(batcher.run())
-    server = rpc.make_server("embedder")
-    servicer = EmbedderServicer(EmbedderCore(encoder, batcher))
-    embedder_pb2_grpc.add_EmbedderServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with rpc.connect(f"127.0.0.1:{port}") as channel:
-        yield embedder_pb2_grpc.EmbedderServiceStub(channel)
-    await server.stop(0)
-    task.cancel()
+    async with _served(encoder, Batcher(compute, BatchLimits(8, 512, 0.001, 4096))) as (stub, _):
+        yield stub
 
 
 def _texts(*texts: str) -> list[pb.EmbedInput]:
@@ -64,6 +73,27 @@ async def test_the_trace_shows_each_run_of_the_encoder_with_its_batch_size(
     assert batch.name == "embedder.batch" and run.parent is not None
     assert run.parent.span_id == batch.context.span_id  # type: ignore[union-attr]
     assert batch.start_time <= run.start_time <= run.end_time <= batch.end_time  # type: ignore[operator]
+
+
+async def test_a_client_that_leaves_is_not_computed_for() -> None:
+    encoder = FakeEncoder()
+    release = asyncio.Event()
+
+    async def compute(batch: list[list[int]]):  # type: ignore[no-untyped-def]
+        await release.wait()
+        return encoder.encode(batch)
+
+    async with _served(encoder, Batcher(compute, BatchLimits(8, 512, 0.001, 4096))) as (stub, batcher):
+        leaver = stub.Embed(pb.EmbedRequest(inputs=_texts(*["ink"] * 64)))
+        await eventually(lambda: batcher.depth == 56)  # the first batch is being computed
+        leaver.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaver
+        stayer = stub.Embed(pb.EmbedRequest(inputs=_texts("stays")))
+        await eventually(lambda: batcher.depth == 57)
+        release.set()
+        assert len((await stayer).embeddings) == 1
+    assert [len(batch) for batch in encoder.batches] == [8, 1]
 
 
 async def test_list_models_tells_the_encoder(stub: embedder_pb2_grpc.EmbedderServiceStub) -> None:

@@ -5,6 +5,7 @@ import importlib.resources
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,18 @@ def test_batch_order_does_not_matter(onnx_encoder: OnnxEncoder) -> None:
 
 
 def test_a_long_text_lets_other_threads_run_while_it_is_tokenized(onnx_encoder: OnnxEncoder) -> None:
+    # With the interpreter's lock held, others stall for four fifths of every attempt; freed, for about a tenth. A busy
+    # machine can stall one attempt too, hence several.
+    shares = []
+    for _ in range(5):
+        shares.append(_longest_stall_share(lambda: onnx_encoder.tokenize("the press room " * 30_000)))
+        if shares[-1] < 0.5:
+            return
+    pytest.fail(f"other threads stood still for these shares of the time: {shares}")
+
+
+def _longest_stall_share(work: Callable[[], object]) -> float:
+    """Returns for what share of its duration `work` kept another thread from running at a stretch."""
     ticking, stop = threading.Event(), threading.Event()
     ticks_s: list[float] = []
 
@@ -95,13 +108,11 @@ def test_a_long_text_lets_other_threads_run_while_it_is_tokenized(onnx_encoder: 
     ticker.start()
     assert ticking.wait(10)
     started_s = time.perf_counter()
-    onnx_encoder.tokenize("the press room " * 30_000)
+    work()
     duration_s = time.perf_counter() - started_s
     stop.set()
     ticker.join()
-    longest_stall_s = float(np.diff(ticks_s).max())
-    # Holding the interpreter's lock while tokenizing stalls others for four fifths of the time, handing over one fifth.
-    assert longest_stall_s < duration_s / 2
+    return float(np.diff(ticks_s).max()) / duration_s
 
 
 def test_a_model_of_another_kind_is_refused(model_store: Path) -> None:
