@@ -15,13 +15,14 @@ class RetrieverSettings(ServiceSettings):
     embedder_addr: str = Field(pattern=r"^\S+:\d+$", description="host:port of the embedder's gRPC server.")
     gateway_addr: str = Field(pattern=r"^\S+:\d+$", description="host:port of the gateway's gRPC server.")
     encoder: str = Field("all-minilm-l6-v2", min_length=1, description="Id of the encoder that the index is made with.")
-    embed_query_timeout_s: float = Field(5.0, gt=0, le=60, description="Seconds that embedding a query may take.")
+    embed_query_timeout_s: float = Field(10.0, gt=0, le=60, description="Seconds that embedding a query may take.")
     embed_batch_timeout_s: float = Field(60.0, gt=0, le=600, description="Seconds that embedding a batch may take.")
 
     chunk_tokens: int = Field(400, ge=16, le=8192, description="Tokens in a chunk; the encoder's own limit caps it.")
     overlap_tokens: int = Field(20, ge=0, le=4096, description="Tokens that a chunk repeats of the one before it.")
     ingest_concurrency: int = Field(1, ge=1, le=8, description="Ingest jobs that run at once.")
-    ingest_batch_chunks: int = Field(32, ge=1, le=512, description="Chunks that are embedded and written at once.")
+    # Small: a query waits in the embedder behind the batch that is being computed, and long chunks gain little by more.
+    ingest_batch_chunks: int = Field(8, ge=1, le=512, description="Chunks that are embedded and written at once.")
     ingest_patience_s: float = Field(
         30.0, ge=0, le=300, description="Seconds that one attempt waits for a service that is away."
     )
