@@ -55,9 +55,9 @@ def test_killed_service_comes_back_and_no_job_is_lost(system, patiently, name):
         before = system.add_text(f"Written before {name} was killed, {tag}.", collection="faults")
         old = system.kill9(name)
         killed_at = time.monotonic()
+        eventually_sync(lambda: system.services()[name]["pid"] not in (None, old), 10, interval_s=0.1)
+        assert time.monotonic() - killed_at < 3 + 1  # half a second by design, and looking takes its time
         after = system.add_text(f"Written after {name} was killed, {tag}.", collection="faults")
-        eventually_sync(lambda: system.services()[name]["pid"] not in (None, old), 10, interval_s=0.2)
-        assert time.monotonic() - killed_at < 8  # half a second by design; the rest is this machine under load
         system.wait_ready(name, other_than=old)
         for accepted in (before, after):
             system.finish_job(accepted["job_id"])

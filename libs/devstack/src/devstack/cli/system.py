@@ -1,5 +1,6 @@
 """Commands that run the system and look into it: up, down, status, logs, trace, doctor."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -33,8 +34,12 @@ def up(service: _Service = None) -> None:
 
     _check_name(service)
     told = settings.load()
-    for line in [up_one(told, service)] if service else up_all(told):
-        print(line)
+    try:
+        lines = [up_one(told, service)] if service else up_all(told)
+    except KeyboardInterrupt:
+        print("stopped" if service else "stopped; nothing is left running", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print("\n".join(lines))
 
 
 def down(service: _Service = None) -> None:
