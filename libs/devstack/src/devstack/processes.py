@@ -65,7 +65,8 @@ class Process:
                 os.kill(self.pid, signal.SIGTERM)
                 os.kill(self.pid, signal.SIGCONT)  # a stopped process would not hear the first
         try:
-            await asyncio.wait_for(self._process.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._process.wait()
         except TimeoutError:
             self._signal_group(signal.SIGKILL)
         await self.wait()

@@ -154,7 +154,9 @@ class Service:
 
     async def _look(self) -> Reading:
         try:
-            return await asyncio.wait_for(self.spec.probe.check(), _PROBE_TIMEOUT_S)
+            # Not wait_for: on Python 3.11 it can swallow a cancel that comes together with the answer.
+            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                return await self.spec.probe.check()
         except TimeoutError:
             return Reading(False, f"no answer within {_PROBE_TIMEOUT_S:.0f} s")
         except Exception as error:  # whatever a server answers, the watch goes on
