@@ -4,7 +4,7 @@ The environment offers what transformers offers to templates, so that a model's 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -31,16 +31,19 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise PlatformError(Code.DATA_LOSS, f"the model's chat template is broken: {error}") from error
 
-    def render(self, messages: Sequence[ChatMessage], tools_json: str) -> str:
-        """Returns the prompt, open for the assistant's turn. Raises PlatformError for turns it does not allow."""
-        tools = _load_list("tools", tools_json)
+    def render(self, messages: Sequence[ChatMessage], tools_json: str, guard: Callable[[str], str] = str) -> str:
+        """Returns the prompt, open for the assistant's turn. Raises PlatformError for turns it does not allow.
+
+        `guard` is applied to every string that comes from the client, before the template sees it.
+        """
+        tools = _guarded(_load_list("tools", tools_json), guard)
         if tools and not self._knows_tools:
             raise PlatformError(
                 Code.UNIMPLEMENTED, "this model's chat template knows no tools", param="tools", reason="unsupported"
             )
         try:
             return self._template.render(
-                messages=[_as_dict(message) for message in messages],
+                messages=[_guarded(_as_dict(message), guard) for message in messages],
                 tools=tools or None,
                 documents=None,
                 add_generation_prompt=True,
@@ -59,6 +62,16 @@ def _as_dict(message: ChatMessage) -> dict[str, Any]:
     if message.tool_call_id:
         turn["tool_call_id"] = message.tool_call_id
     return turn
+
+
+def _guarded(value: Any, guard: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return guard(value)
+    if isinstance(value, list):
+        return [_guarded(item, guard) for item in value]
+    if isinstance(value, dict):
+        return {guard(key): _guarded(item, guard) for key, item in value.items()}
+    return value
 
 
 def _load_list(param: str, text: str) -> list[Any]:

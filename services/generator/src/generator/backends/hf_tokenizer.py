@@ -1,6 +1,7 @@
 """The tokenizer of a model folder, on the `tokenizers` library: byte-level BPE with a chat template."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from chassis.errors import Code, PlatformError
 from generator.backends.chat_template import ChatTemplate
 from generator.core.text import ChatMessage
 
+# Marks where the tokenizer must not join characters. A lone surrogate: no text that came as UTF-8 holds one.
+_CUT = "\ud800"
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -29,6 +32,10 @@ class HfTokenizer:
             self._names[token_id] = added.content
         longest_name = max((len(name.encode()) for name in self._names.values()), default=1)
         self._max_token_bytes = max(longest_name, *map(len, self._bytes))
+        added_tokens = raw.get_added_tokens_decoder().values()
+        self._special_names = [added.content for added in added_tokens if added.special and len(added.content) > 1]
+        # Matches the first character of each name, so that names which overlap are found too.
+        self._special_start = re.compile(f"(?={'|'.join(map(re.escape, self._special_names))})(.)", re.DOTALL)
 
     @classmethod
     def load(cls, folder: Path) -> "HfTokenizer":
@@ -50,14 +57,26 @@ class HfTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer.encode."""
-        return list(self._raw.encode(text).ids)
+        return self._encode([text], add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[ChatMessage], tools_json: str) -> list[int]:
         """See Tokenizer.encode_chat."""
         if self._template is None:
             raise PlatformError(Code.UNIMPLEMENTED, "this model has no chat template", reason="unsupported")
+        prompt = self._template.render(messages, tools_json, self._as_plain_text)
         # The template writes the special tokens itself.
-        return list(self._raw.encode(self._template.render(messages, tools_json), add_special_tokens=False).ids)
+        return self._encode(prompt.split(_CUT), add_special_tokens=False)
+
+    def _encode(self, texts: list[str], add_special_tokens: bool) -> list[int]:
+        # `encode` would keep the interpreter's lock, which loop and engine wait for; `encode_batch` does not.
+        encoded = self._raw.encode_batch(texts, add_special_tokens=add_special_tokens)
+        return [token_id for one in encoded for token_id in one.ids]
+
+    def _as_plain_text(self, text: str) -> str:
+        """Cuts the names of special tokens in two, so that nobody ends a turn or begins one by writing their names."""
+        if not any(name in text for name in self._special_names):
+            return text
+        return self._special_start.sub(rf"\1{_CUT}", text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """See Vocabulary.token_bytes; ids that the model has and the tokenizer has not add nothing."""
