@@ -22,6 +22,8 @@ class _Embedder(embedder_pb2_grpc.EmbedderServiceServicer):
             raise PlatformError(Code.OUT_OF_RANGE, "300 > 256", param="input", reason="context_length_exceeded")
         if request.model == "bug":
             raise KeyError("secret detail")
+        if request.model.startswith("unknown"):
+            raise PlatformError(Code.NOT_FOUND, request.model)
         if request.model == "slow":
             await asyncio.sleep(30)
         return embedder_pb2.EmbedResponse(model_version="v")
@@ -85,6 +87,15 @@ async def test_an_unexpected_exception_shows_no_internals(
     with pytest.raises(PlatformError) as caught:
         await _embed(served[2], "bug")
     assert caught.value.code is Code.INTERNAL and "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["x" * 30_000, "\U0001f99c" * 3_000])
+async def test_a_long_message_does_not_hide_its_error(
+    served: tuple[_Embedder, _Generator, grpc.aio.Channel], name: str
+) -> None:
+    with pytest.raises(PlatformError, match=f"^unknown {name[:50]}") as caught:
+        await _embed(served[2], f"unknown {name}")
+    assert caught.value.code is Code.NOT_FOUND
 
 
 async def test_a_late_answer_is_deadline_exceeded(served: tuple[_Embedder, _Generator, grpc.aio.Channel]) -> None:

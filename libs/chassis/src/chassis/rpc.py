@@ -5,11 +5,13 @@ A client call is one `async with call(...)` block; a servicer raises PlatformErr
 
 import asyncio
 import logging
+import string
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 from opentelemetry import context as otel_context
@@ -25,6 +27,7 @@ TENANT = "x-tenant"
 TRACEPARENT = "traceparent"
 ERROR_DETAILS = "pressroom-error-bin"
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_MAX_DETAILS_BYTES = 4096  # gRPC may refuse headers of more than 8 KiB together
 _QUIET_METHODS = ("/grpc.health.", "/grpc.reflection.")
 
 _CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -187,7 +190,15 @@ def _request_context(metadata: dict[str, str], time_remaining_s: float | None) -
     return context.RequestContext(metadata.get(REQUEST_ID, ""), metadata.get(TENANT, ""), deadline_s)
 
 
+def _sendable(message: str) -> str:
+    """Cuts what gRPC cannot carry: details travel percent-encoded in a header, and an over-long one fails the call."""
+    message = message.encode(errors="replace").decode()
+    while len(quote(message, safe=string.printable)) > _MAX_DETAILS_BYTES:
+        message = f"{message[: len(message) // 2]}..."
+    return message
+
+
 async def _abort(rpc_context: grpc.aio.ServicerContext, error: PlatformError) -> None:
     status = grpc.StatusCode[errors.grpc_status(error.code)]
     trailing: Sequence[tuple[str, bytes]] = ((ERROR_DETAILS, errors.dump(error)),)
-    await rpc_context.abort(status, error.message, trailing_metadata=trailing)
+    await rpc_context.abort(status, _sendable(error.message), trailing_metadata=trailing)
