@@ -52,6 +52,28 @@ class TestNatsBus(BusSuite):
             await testkit.eventually(lambda: len(set(seen.payloads)) >= 20, timeout_s=30)
         assert {int(payload) for payload in seen.payloads} == set(range(20))
 
+    async def test_a_connection_that_the_server_ends_for_good_is_made_anew(self, bus):
+        subject, broadcast = "pressroom.tasks.anew", "pressroom.control.anew"
+        worked, heard = Recorder(), Recorder()
+        listening = asyncio.create_task(bus.listen(broadcast, heard))
+
+        async def hears() -> bool:
+            with contextlib.suppress(PlatformError):
+                await bus.broadcast(broadcast, b"x")
+            return bool(heard.received)
+
+        async with consuming(bus, subject, worked):
+            await testkit.eventually(hears)
+            client = bus._client
+            await client._process_err("'maximum connections exceeded'")  # what the server's -ERR line brings about
+            await testkit.eventually(lambda: client.is_closed and bus.connected)
+            heard.received.clear()
+            await bus.publish(subject, b"job", message_id="anew")
+            await testkit.eventually(lambda: worked.payloads == [b"job"])
+            await testkit.eventually(hears)
+        listening.cancel()
+        await asyncio.wait({listening})
+
     async def test_a_frozen_server_costs_a_publisher_no_more_than_its_timeout(self, bus, nats):
         nats.pause()
         try:

@@ -135,6 +135,7 @@ class NatsBus:
         self._streams = tuple(streams)
         self._ready = asyncio.Event()  # connected, and the streams stand
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     @classmethod
     def connect(cls, url: str, name: str, streams: Sequence[Stream]) -> "NatsBus":
@@ -161,6 +162,14 @@ class NatsBus:
             log.info("bus reconnected")
             self._start(self._ensure_streams())
 
+        async def on_closed() -> None:
+            # The client gives up for good on errors that a server sends ("maximum connections exceeded", an expired
+            # user), whatever it was told of reconnecting.
+            if not self._closing:
+                log.error("bus closed by the server")
+                self._client = Client()
+                self._start(self._connect_again(url))
+
         async def on_error(error: Exception) -> None:
             log.debug("bus error", extra={"error": repr(error)})
 
@@ -174,9 +183,14 @@ class NatsBus:
             max_outstanding_pings=2,
             disconnected_cb=on_disconnect,
             reconnected_cb=on_reconnect,
+            closed_cb=on_closed,
             error_cb=on_error,
         )
         await self._ensure_streams()
+
+    async def _connect_again(self, url: str) -> None:
+        await asyncio.sleep(_RETRY_S)
+        await self._connect(url)
 
     async def _ensure_streams(self) -> None:
         """Creates what is missing and brings the limits of what is there up to date; tries until it succeeds."""
@@ -186,7 +200,7 @@ class NatsBus:
                     await self._ensure(_stream_config(spec))
                 self._ready.set()
                 return
-            except (TimeoutError, nats.errors.Error) as error:
+            except (OSError, nats.errors.Error) as error:  # TimeoutError is an OSError
                 log.warning("streams are not ready", extra={"error": str(error)})
                 await asyncio.sleep(_RETRY_S)
 
@@ -257,6 +271,7 @@ class NatsBus:
     async def _pull(self, subject: str, durable: str, config: ConsumerConfig, consumer: "_Consumer") -> None:
         stream = self._stream_of(subject)
         while True:
+            _end_if_cancelled()
             subscription = None
             try:
                 await self._ready.wait()
@@ -265,7 +280,9 @@ class NatsBus:
                 while self.connected:
                     with contextlib.suppress(nats.errors.TimeoutError, asyncio.TimeoutError):
                         for message in await subscription.fetch(1, timeout=_FETCH_TIMEOUT_S):
+                            _end_if_cancelled()  # untouched: it comes to the next worker
                             await consumer.take(message)
+                    _end_if_cancelled()
             except (nats.errors.Error, OSError) as error:
                 log.warning("consumer lost its subscription", extra={"consumer": durable, "error": repr(error)})
                 await asyncio.sleep(_RETRY_S)
@@ -286,7 +303,16 @@ class NatsBus:
         await self._client.publish(subject, payload)
 
     async def listen(self, subject: str, handler: Handler) -> None:
-        await self._ready.wait()
+        while True:
+            await self._ready.wait()
+            try:
+                await self._listen(subject, handler)
+            except nats.errors.Error as error:
+                log.warning("listener lost its subscription", extra={"subject": subject, "error": repr(error)})
+            await asyncio.sleep(_RETRY_S)
+
+    async def _listen(self, subject: str, handler: Handler) -> None:
+        """Returns when the client was closed and another takes its place; a reconnect does not end it."""
         subscription = await self._client.subscribe(subject, pending_msgs_limit=1024)
         try:
             async for message in subscription.messages:
@@ -299,6 +325,7 @@ class NatsBus:
                 await subscription.unsubscribe()
 
     async def close(self) -> None:
+        self._closing = True
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -336,7 +363,7 @@ class _Consumer:
         if error is None:
             await message.ack_sync(timeout=_ANSWER_TIMEOUT_S)
             self._count("ack")
-        elif (isinstance(error, PlatformError) and not error.retryable) or received.num_delivered >= self.max_deliver:
+        elif self._hopeless(error) or received.num_delivered >= self.max_deliver:
             await self._bury(message, received, repr(error))
         else:
             delay_s = self.backoff_s[min(received.num_delivered, len(self.backoff_s)) - 1] if self.backoff_s else 0.0
@@ -401,6 +428,16 @@ class _Consumer:
 
     def _count(self, outcome: str) -> None:
         metrics.BUS_MESSAGES.labels(self.bus._name, self.durable, outcome).inc()
+
+
+def _end_if_cancelled() -> None:
+    """Raises CancelledError in a task that was cancelled and does not know it.
+
+    The client waits with asyncio.wait_for, which in Python 3.11 drops a cancellation that arrives with the answer.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _matches(pattern: str, subject: str) -> bool:
