@@ -131,6 +131,8 @@ def back() -> int:
             app.ready_when("never", lambda: False)
         if settings.trouble == "task":
             app.spawn("doomed", _doomed())
+        if settings.trouble == "deaf":
+            app.spawn("deaf", _deaf())
         app.set_queue_depth(lambda: 3)
         _add(app, Back(bus))
 
@@ -145,6 +147,14 @@ async def _hear(_: Received) -> None:
 async def _doomed() -> None:
     await asyncio.sleep(0.5)
     raise RuntimeError("background work broke")
+
+
+async def _deaf() -> None:
+    """Drops its first cancellation, as asyncio.wait_for does now and then."""
+    try:
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        await asyncio.sleep(60)
 
 
 if __name__ == "__main__":

@@ -263,6 +263,13 @@ async def test_sigterm_ends_within_the_grace_what_does_not_end_by_itself(nats_ur
                 await in_flight
 
 
+def test_sigterm_ends_a_process_whose_task_misses_its_cancellation(nats_url):
+    with running(make_back(nats_url, SHUTDOWN_GRACE_S=1, TROUBLE="deaf")) as process:
+        process.terminate()
+        assert process.wait(10) == 0
+        assert process.log_lines("tasks do not end")[0]["tasks"] == ["deaf"]
+
+
 @pytest.mark.parametrize(
     ("setting", "value"), [("BACK_GRPC_PORT", "none"), ("BACK_HTTP_PORT", "70000"), ("BACK_LOG_LEVEL", "LOUD")]
 )
