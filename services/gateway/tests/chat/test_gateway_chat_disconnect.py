@@ -103,6 +103,16 @@ async def test_leaving_embeddings_is_accounted(world, key):
     assert [record.finish_reason for record in world.ledger.records] == ["cancelled"]
 
 
+async def test_leaving_while_the_body_is_sent_is_no_error_of_ours(world, key, caplog):
+    client = Client("/v1/chat/completions", BODY, key)
+    client._sent_body = True
+    client.leaves.set()
+    await asyncio.wait_for(world.app(client.scope, client.receive, client.send), 0.3)
+    (record,) = world.ledger.records
+    assert (record.finish_reason, record.http_status) == ("cancelled", 499)
+    assert not [line for line in caplog.records if line.levelname == "ERROR"]
+
+
 async def test_a_server_that_shuts_down_records_what_it_cuts_off(world, key):
     world.generator.token_s = 0.02
     client = Client("/v1/chat/completions", BODY | {"stream": True}, key)

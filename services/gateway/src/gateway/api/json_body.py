@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from chassis.errors import Code, PlatformError
 
@@ -29,9 +29,15 @@ class _Refused(ValueError):
 
 
 async def read_json(request: Request, model: type[M]) -> M:
-    """Reads and checks the body; raises INVALID_ARGUMENT, UNSUPPORTED_MEDIA_TYPE or PAYLOAD_TOO_LARGE."""
+    """Reads and checks the body.
+
+    Raises INVALID_ARGUMENT, UNSUPPORTED_MEDIA_TYPE, PAYLOAD_TOO_LARGE, or CANCELLED when the client left meanwhile.
+    """
     _check_headers(request)
-    raw = await request.body()
+    try:
+        raw = await request.body()
+    except ClientDisconnect:
+        raise PlatformError(Code.CANCELLED, "the client left while it sent the body") from None
     if len(raw) > _THREAD_FROM_BYTES:
         return await asyncio.to_thread(_decode, raw, model)
     return _decode(raw, model)

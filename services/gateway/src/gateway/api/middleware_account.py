@@ -6,7 +6,7 @@ import logging
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chassis import metrics, telemetry
-from chassis.errors import PlatformError, http_status
+from chassis.errors import Code, PlatformError, http_status
 from gateway.api.errors import error_code
 from gateway.api.middleware import CLIENT_LEFT
 from gateway.core.account import Account
@@ -99,7 +99,9 @@ class Accounting:
             await self._settle(account, state.get("error"), status or CLIENT_LEFT)
 
     async def _settle(self, account: Account, error: PlatformError | None, status: int) -> None:
-        if error is not None:
+        if error is not None and error.code is Code.CANCELLED:
+            account.finish_reason = "cancelled"
+        elif error is not None:
             account.error_code = error_code(error)
         elif status >= 500:
             account.error_code = "internal_error"
