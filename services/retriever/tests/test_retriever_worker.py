@@ -291,6 +291,29 @@ async def test_a_cancelled_job_stops_between_batches_and_removes_what_it_wrote(s
     assert "job_2" not in stage.cancellations
 
 
+async def test_undoing_a_job_spares_the_document_that_a_later_job_completed_with_its_chunks(stage: Stage) -> None:
+    real = stage.encoder.encode_chunks
+
+    async def dies_later(texts: list[str]) -> Encoded:
+        if stage.encoder.encoded:
+            raise AWAY
+        return await real(texts)
+
+    stage.encoder.encode_chunks = dies_later  # type: ignore[assignment, method-assign]
+    with pytest.raises(PlatformError):
+        await stage.deliver(stage.job())
+    assert len(stage.index.rows) == 3
+    stage.encoder.encode_chunks = real  # type: ignore[method-assign]
+    await stage.deliver(stage.job(job_id="job_2"))  # the same document, sent again
+    assert stage.end().status == common_pb2.JOB_STATUS_SUCCEEDED
+    superseded = events_pb2.RequestCancel(id="job_1").SerializeToString()
+    await stage.cancellations.handle(Received(CONTROL_REQUEST_CANCEL, superseded, "", 1, {}))
+    await stage.deliver(stage.job(), num_delivered=2)
+    assert stage.end().status == common_pb2.JOB_STATUS_CANCELLED
+    chunks = stage.chunks()
+    assert len(chunks) == chunks[0].num_chunks
+
+
 async def test_a_job_cancelled_before_its_turn_does_nothing(stage: Stage) -> None:
     message = events_pb2.RequestCancel(id="job_1").SerializeToString()
     await stage.cancellations.handle(Received(CONTROL_REQUEST_CANCEL, message, "", 1, {}))

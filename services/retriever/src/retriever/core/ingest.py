@@ -113,10 +113,19 @@ class Ingestor:
         return IngestResult([_indexed(plan) for plan in plans], num_skipped + len(documents) - len(plans))
 
     async def undo(self, tenant: str, job_id: str) -> None:
-        """Removes what an order's attempts have written; what they have replaced is gone already."""
+        """Removes what an order's attempts have written; what they have replaced is gone already.
+
+        A document that another order completed stays whole: it relies on the rows that it found.
+        """
         async with self._locks.hold(tenant):
             refs = await self._store.find(tenant, job_id=job_id)
-            await self._store.remove(tenant, [ref.key for ref in refs])
+            completed = {(ref.document_id, ref.revision) for ref in refs if ref.ordinal == 0}
+            begun = {ref.document_id for ref in refs if (ref.document_id, ref.revision) not in completed}
+            found = await self._store.find(tenant, document_ids=sorted(begun))
+            by_others = {(ref.document_id, ref.revision) for ref in found if ref.ordinal == 0} - completed
+            await self._store.remove(
+                tenant, [ref.key for ref in refs if (ref.document_id, ref.revision) not in by_others]
+            )
 
     async def _documents(self, order: IngestOrder, data: bytes) -> tuple[list[Document], int]:
         """Checks the order's names and reads the file."""
