@@ -15,7 +15,7 @@ from chassis.bus import Received
 from chassis.errors import Code, PlatformError
 from contracts.subjects import CONTROL_REQUEST_CANCEL, EVENTS_DOCUMENT_INDEXED, JOBS_INGEST, PROGRESS_ALL
 from retriever.api.cancellations import Cancellations
-from retriever.api.consumers import MAX_DELIVER, IngestWorker
+from retriever.api.consumers import MAX_DELIVER, MAX_DELIVER_OF_BUS, IngestWorker
 from retriever.backends.extraction.runner import BoundedExtractor
 from retriever.core.chunking import ChunkingPolicy
 from retriever.core.documents import Chunk, derived_document_id
@@ -252,6 +252,13 @@ async def test_the_last_delivery_fails_the_job_and_removes_what_it_wrote(stage: 
     await stage.deliver(stage.job(job_id="job_2"), num_delivered=MAX_DELIVER)
     assert stage.end().status == common_pb2.JOB_STATUS_FAILED and "given up" in stage.end().error
     assert [chunk.text for chunk in stage.chunks()] == ["old text of the same document"], "what it had still stands"
+
+
+async def test_a_job_whose_worker_died_at_the_last_delivery_is_told_as_failed(stage: Stage) -> None:
+    assert MAX_DELIVER_OF_BUS > MAX_DELIVER, "the bus must bring it once more"
+    await stage.deliver(stage.job(), num_delivered=MAX_DELIVER + 1)
+    assert stage.end().status == common_pb2.JOB_STATUS_FAILED and "given up after 45" in stage.end().error
+    assert stage.encoder.encoded == [] and stage.index.rows == {}
 
 
 async def test_an_index_that_is_away_delays_the_job_and_at_last_fails_it(stage: Stage) -> None:

@@ -10,7 +10,7 @@ from chassis.bus import NatsBus
 from chassis.settings import load_settings
 from contracts.subjects import CONTROL_REQUEST_CANCEL, JOBS_INGEST, STREAMS
 from retriever.api.cancellations import Cancellations
-from retriever.api.consumers import ACK_WAIT_S, BACKOFF_S, DURABLE, MAX_DELIVER, IngestWorker
+from retriever.api.consumers import ACK_WAIT_S, BACKOFF_S, DURABLE, MAX_DELIVER_OF_BUS, IngestWorker
 from retriever.api.grpc import RetrieverServicer
 from retriever.backends.extraction.runner import BoundedExtractor
 from retriever.backends.grpc_encoder import GrpcEncoder
@@ -87,7 +87,7 @@ def _start_worker(app: App, settings: RetrieverSettings, encoder: GrpcEncoder, c
             JOBS_INGEST,
             durable=DURABLE,
             handler=worker.handle,
-            max_deliver=MAX_DELIVER,
+            max_deliver=MAX_DELIVER_OF_BUS,
             ack_wait_s=ACK_WAIT_S,
             concurrency=settings.ingest_concurrency,
             backoff_s=BACKOFF_S,

@@ -26,6 +26,8 @@ ACK_WAIT_S = 15.0  # a job whose worker was killed is delivered again after this
 # A service that is away may stay away for more than 20 minutes before a job fails of it: 45 deliveries, most of them
 # 30 s apart, besides what each attempt waits by itself. A crash of ours counts as a delivery too.
 MAX_DELIVER = 45
+# Deliveries after those run nothing and only tell the end of a job whose last attempt died without a word.
+MAX_DELIVER_OF_BUS = MAX_DELIVER + 5
 BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
 # What nobody foresaw does not get better by trying all day.
 _MAX_UNEXPECTED = 5
@@ -92,6 +94,8 @@ class IngestWorker:
     async def _handle(self, job: events_pb2.IngestJob, delivery: int) -> None:
         reporter = Reporter(self._bus, job.job_id, delivery)
         try:
+            if delivery > MAX_DELIVER:
+                raise PlatformError(Code.INTERNAL, f"given up after {MAX_DELIVER} attempts: the last ones were cut off")
             result = await self._run(job, reporter)
         except JobCancelled:
             await self._undo(job, is_last=delivery >= MAX_DELIVER)
