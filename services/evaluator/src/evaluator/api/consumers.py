@@ -45,7 +45,7 @@ def _job_id(payload: bytes) -> str:
     try:
         job = events_pb2.EvaluateJob.FromString(payload)
     except DecodeError as error:
-        raise PlatformError(Code.INVALID_ARGUMENT, "a evaluation job could not be read") from error
+        raise PlatformError(Code.INVALID_ARGUMENT, "an evaluation job could not be read") from error
     if not job.job_id:
-        raise PlatformError(Code.INVALID_ARGUMENT, "a evaluation job has no id", param="job_id")
+        raise PlatformError(Code.INVALID_ARGUMENT, "an evaluation job has no id", param="job_id")
     return job.job_id
