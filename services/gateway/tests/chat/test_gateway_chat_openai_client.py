@@ -1,9 +1,12 @@
 """The official OpenAI client against the application behind a real server."""
 
+import threading
+
 import openai
 import pytest
 from openai import AsyncOpenAI
 
+from gateway.api import openai_embeddings
 from testkit import eventually
 
 MODEL = "smollm2-135m-instruct"
@@ -134,6 +137,25 @@ async def test_embeddings(client, world, encoding):
     await eventually(lambda: len(world.ledger.records) == 1)
     record = world.ledger.records[0]
     assert (record.prompt_tokens, record.completion_tokens, record.finish_reason) == (6, 0, "stop")
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+async def test_many_embeddings_are_written_outside_the_event_loop(client, monkeypatch, encoding):
+    threads, write = [], openai_embeddings._json
+
+    def watched(*arguments):
+        threads.append(threading.current_thread())
+        return write(*arguments)
+
+    monkeypatch.setattr(openai_embeddings, "_json", watched)
+    inputs = ["a " * (1 + number % 16) for number in range(2048)]
+    response = await client.embeddings.with_raw_response.create(
+        model="all-minilm-l6-v2", input=inputs, encoding_format=encoding
+    )
+    data = response.http_response.json()["data"]
+    assert [one["index"] for one in data] == list(range(2048))
+    assert data[17]["embedding"] == ("AACAPgAAAD8AAIC+" if encoding == "base64" else [0.25, 0.5, -0.25])
+    assert threads and threading.main_thread() not in threads
 
 
 async def test_embeddings_of_token_ids_with_dimensions(client, world):

@@ -1,10 +1,12 @@
 """POST /v1/embeddings: OpenAI's embeddings, by the embedder."""
 
+import asyncio
 import base64
 from array import array
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
+import orjson
 from fastapi import APIRouter
 from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
@@ -12,13 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from chassis.errors import Code, PlatformError
-from gateway.api.inference import (
-    JsonObject,
-    account_of,
-    deadline_of,
-    finished_before_client_left,
-    json_response,
-)
+from gateway.api.inference import account_of, deadline_of, finished_before_client_left
 from gateway.api.json_body import Body, read_json
 from gateway.api.openai_completions import prompt_kind, prompts_of
 from gateway.api.openai_params import ModelName, TokenId
@@ -28,6 +24,7 @@ from gateway.core.graph import Deadline
 from gateway.core.services import Embedded, Embedder, Usage
 
 _MAX_INPUTS = 2048  # OpenAI's
+_THREAD_FROM_VECTORS = 64  # more take over 5 ms to write and would hold up the event loop
 Text = Annotated[str, Field(min_length=1)]
 TokenList = Annotated[list[TokenId], Field(min_length=1)]
 
@@ -74,7 +71,11 @@ class _EmbeddingsResponse(Response):
         self._account.model = body.model
         self._account.done(Usage(prompt_tokens=embedded.num_tokens))
         self._account.finish_reason = "stop"
-        await json_response(_shape(body, embedded))(scope, receive, send)
+        if len(embedded.vectors) > _THREAD_FROM_VECTORS:
+            content = await asyncio.to_thread(_json, body, embedded)
+        else:
+            content = _json(body, embedded)
+        await Response(content, media_type="application/json")(scope, receive, send)
 
 
 async def _embed(embedder: Embedder, body: EmbeddingsBody, deadline: Deadline) -> Embedded:
@@ -92,14 +93,19 @@ async def _embed(embedder: Embedder, body: EmbeddingsBody, deadline: Deadline) -
         raise
 
 
-def _shape(body: EmbeddingsBody, embedded: Embedded) -> JsonObject:
-    encode = _base64 if body.encoding_format == "base64" else list
+def _json(body: EmbeddingsBody, embedded: Embedded) -> bytes:
+    encode = _base64 if body.encoding_format == "base64" else _floats
     data = [
         {"object": "embedding", "index": index, "embedding": encode(vector)}
         for index, vector in enumerate(embedded.vectors)
     ]
     usage = {"prompt_tokens": embedded.num_tokens, "total_tokens": embedded.num_tokens}
-    return {"object": "list", "data": data, "model": body.model, "usage": usage}
+    return orjson.dumps({"object": "list", "data": data, "model": body.model, "usage": usage})
+
+
+def _floats(vector: Sequence[float]) -> orjson.Fragment:
+    """Writes one vector at a time: a single call for all of them would keep the interpreter to itself."""
+    return orjson.Fragment(orjson.dumps(list(vector)))
 
 
 def _base64(vector: Sequence[float]) -> str:
