@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from chassis.errors import Code, PlatformError
+from gateway.core.services import Source
 from testkit import eventually
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -129,6 +131,33 @@ async def test_bad_body_names_the_field(world, path, body, status, code, param):
     record = world.ledger.records[0]
     assert (record.http_status, record.finish_reason, record.error_code) == (status, "error", code)
     assert (record.prompt_tokens, record.completion_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+async def test_too_many_tokens_name_the_field_that_was_sent(world, name):
+    world.generator.error = PlatformError(Code.OUT_OF_RANGE, "too many", param="max_tokens")
+    async with world.client() as client:
+        response = await client.post(CHAT, json=chat(**{name: 9000}))
+    well_formed_error(response, 400, "out_of_range", name)
+
+
+@pytest.mark.parametrize(("changes", "param"), [({"max_tokens": 9000}, "max_tokens"), ({}, "messages")])
+async def test_rag_names_what_is_too_long(world, changes, param):
+    world.retriever.sources = [Source("doc1", "", "doc1-0", "Engines", "Ada made it.", 0.5)]
+    world.generator.context_length = 64 if param == "messages" else 500
+    async with world.client() as client:
+        response = await client.post(CHAT, json=chat(model="rag", **changes))
+    well_formed_error(response, 400, "context_length_exceeded", param)
+
+
+async def test_rag_calls_the_question_by_the_name_it_was_sent_under(world, monkeypatch):
+    async def too_long(*_, **__):
+        raise PlatformError(Code.OUT_OF_RANGE, "input 0 is too long", param="input")
+
+    monkeypatch.setattr(world.embedder, "embed", too_long)
+    async with world.client() as client:
+        response = await client.post(CHAT, json=chat(model="rag"))
+    well_formed_error(response, 400, "out_of_range", "messages")
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, EMBEDDINGS])

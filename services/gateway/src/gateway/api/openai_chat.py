@@ -3,7 +3,6 @@
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -152,9 +151,16 @@ class _Choice:
 class ChatRendering:
     """Events as chat.completion and chat.completion.chunk."""
 
-    params = MappingProxyType({"prompt": "messages", "grammar": "response_format"})
-
-    def __init__(self, *, model: str, n: int, logprobs: bool, include_usage: bool) -> None:
+    def __init__(
+        self, *, model: str, n: int, logprobs: bool, include_usage: bool, max_tokens_name: str = "max_tokens"
+    ) -> None:
+        # "input" is what the encoder of a graph calls the question.
+        self.params: Mapping[str, str] = {
+            "prompt": "messages",
+            "input": "messages",
+            "grammar": "response_format",
+            "max_tokens": max_tokens_name,
+        }
         self._model = model
         self._logprobs = logprobs
         self._include_usage = include_usage
@@ -255,7 +261,11 @@ def chat_router(catalog: Catalog) -> APIRouter:
         assert isinstance(wanted.prompt, Chat)
         account.prompt_text = "\n".join(message.content for message in wanted.prompt.messages)
         rendering = ChatRendering(
-            model=graph.name, n=wanted.n, logprobs=bool(body.logprobs), include_usage=body.include_usage
+            model=graph.name,
+            n=wanted.n,
+            logprobs=bool(body.logprobs),
+            include_usage=body.include_usage,
+            max_tokens_name="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         )
         events = graph.run(wanted, deadline_of(request))
         return InferenceResponse(events, rendering, account, stream=bool(body.stream))

@@ -192,7 +192,7 @@ class GenerateGrounded:
             Code.OUT_OF_RANGE,
             f"the conversation with its best source takes {size.num_tokens} tokens and the completion up to "
             f"{max_tokens}, but the model's context is {size.context_length} tokens",
-            param="messages",
+            param="messages" if size.num_tokens + self.how.max_tokens > size.context_length else "max_tokens",
             reason="context_length_exceeded",
         )
 
