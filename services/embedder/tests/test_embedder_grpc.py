@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 from embedder_suite import FakeEncoder
 from opentelemetry.sdk.trace import TracerProvider
@@ -16,8 +17,8 @@ from pressroom.embedder.v1 import embedder_pb2_grpc
 from chassis import rpc, telemetry
 from chassis.errors import Code, PlatformError
 from embedder.api.grpc import EmbedderServicer
-from embedder.core.batcher import Batcher, BatchLimits
-from embedder.core.service import EmbedderCore
+from embedder.core.batcher import Batcher, BatchLimits, BatchRun
+from embedder.core.service import Embedded, EmbedderCore
 from testkit import eventually
 
 
@@ -94,6 +95,34 @@ async def test_a_client_that_leaves_is_not_computed_for() -> None:
         release.set()
         assert len((await stayer).embeddings) == 1
     assert [len(batch) for batch in encoder.batches] == [8, 1]
+
+
+class _InstantCore:
+    """Everything is embedded at once; only the answer remains to be written."""
+
+    info = FakeEncoder().info
+
+    def check_model(self, _: str) -> None: ...
+
+    def token_ids(self, *_: object) -> list[int]:
+        return [1]
+
+    async def embed(self, token_lists: list[list[int]], _: int) -> list[Embedded]:
+        run = BatchRun(len(token_lists), 1, 2)
+        return [Embedded(np.ones(384, dtype=np.float32), 3, run) for _ in token_lists]
+
+
+async def test_a_large_answer_is_not_written_on_the_event_loop() -> None:
+    request = pb.EmbedRequest(inputs=_texts(*["ink"] * 2048))
+    embedding = asyncio.create_task(EmbedderServicer(_InstantCore()).Embed(request, object()))  # type: ignore[arg-type]
+    num_turns = 0
+    while not embedding.done():
+        await asyncio.sleep(0)
+        num_turns += 1
+    answer = await embedding
+    assert len(answer.embeddings) == 2048 and answer.usage.prompt_tokens == 3 * 2048
+    # Turns that only the thread leaves time for: the request's own steps take a handful.
+    assert num_turns > 20
 
 
 async def test_list_models_tells_the_encoder(stub: embedder_pb2_grpc.EmbedderServiceStub) -> None:
