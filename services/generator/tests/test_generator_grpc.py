@@ -99,6 +99,8 @@ async def test_logprobs_carry_text_and_bytes(stub: Stub) -> None:
         ({"text": ""}, Code.INVALID_ARGUMENT, "prompt"),
         ({"text": "x" * 5000}, Code.OUT_OF_RANGE, "prompt"),
         ({"text": "x" * 4096}, Code.OUT_OF_RANGE, "prompt"),
+        # Its length is looked at before its tokens.
+        ({"text": None, "token_ids": common_pb2.TokenIds(ids=[300] * 5000)}, Code.OUT_OF_RANGE, "prompt"),
         ({"text": None, "chat": pb.ChatPrompt()}, Code.INVALID_ARGUMENT, "messages"),
         (
             {"text": None, "chat": pb.ChatPrompt(messages=[pb.ChatMessage(role="boss")])},

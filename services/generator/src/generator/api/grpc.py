@@ -94,6 +94,10 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
                 self._check_size(*(message.content for message in messages))
                 return await asyncio.to_thread(self._tokenizer.encode_chat, messages, request.chat.tools_json)
             case "token_ids" if isinstance(request, pb.GenerateRequest):
+                num_ids = len(request.token_ids.ids)
+                if num_ids > self._engine.model.context_length:  # before millions of them are copied and looked at
+                    most = request.stop.max_tokens if request.stop.HasField("max_tokens") else None
+                    raise requests.context_overflow(self._engine.model, num_ids, most)
                 return list(request.token_ids.ids)
         raise PlatformError(Code.INVALID_ARGUMENT, "the request has no prompt", param="prompt")
 
