@@ -367,10 +367,11 @@ async def test_search_asks_for_the_senders_tenant(gateway):
 
 
 async def test_search_needs_no_more_than_a_query(gateway):
-    assert (
-        await gateway.post("/v1/search", json={"query": "what", "group_by": None, "filter": None})
-    ).status_code == 200
-    assert gateway.retriever.questions[0].collection == "default" and gateway.retriever.questions[0].top_k == 5
+    nulls = dict.fromkeys(["group_by", "filter", "collection", "mode", "top_k"])
+    for body in ({"query": "what"}, {"query": "what"} | nulls):
+        assert (await gateway.post("/v1/search", json=body)).status_code == 200
+    for asked in gateway.retriever.questions:
+        assert (asked.collection, asked.mode, asked.top_k) == ("default", Mode.DENSE, 5)
 
 
 @pytest.mark.parametrize(
@@ -411,6 +412,14 @@ async def test_key_is_created_used_listed_and_revoked(gateway):
     assert (await gateway.send("DELETE", f"/admin/keys/{made['id']}", ADMIN_KEY)).json()["revoked"] is True
     refused(await gateway.get("/v1/jobs", made["key"]), 401)
     refused(await gateway.send("DELETE", "/admin/keys/nobody", ADMIN_KEY), 404, "id")
+
+
+async def test_key_of_nulls_is_a_key_of_defaults(gateway):
+    body = dict.fromkeys(["tenant", "rpm", "is_admin"])
+    made = (await gateway.post("/admin/keys", ADMIN_KEY, json=body)).json()
+    listed = (await gateway.get("/admin/keys", ADMIN_KEY)).json()["data"]
+    (row,) = [r for r in listed if r["id"] == made["id"]]
+    assert (row["tenant"], row["rpm"], row["is_admin"]) == ("default", None, False)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import ConfigDict, Field
 
+from contracts.names import DEFAULT_TENANT
 from gateway.api.identity import require_admin
 from gateway.api.json_body import Body, read_json
 from gateway.core.keys import KeyRing, KeyRow
@@ -12,13 +13,13 @@ from gateway.core.ports import UsageReport
 
 
 class NewKey(Body):
-    """What a new key is to be."""
+    """What a new key is to be; null means the default."""
 
     model_config = ConfigDict(extra="forbid")
 
-    tenant: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")] = "default"
+    tenant: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")] | None = None
     rpm: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    is_admin: bool = False
+    is_admin: bool | None = None
 
 
 def admin_router(keys: KeyRing, usage: UsageReport) -> APIRouter:
@@ -29,7 +30,9 @@ def admin_router(keys: KeyRing, usage: UsageReport) -> APIRouter:
     async def create_key(request: Request) -> dict[str, Any]:
         require_admin(request)
         wanted = await read_json(request, NewKey)
-        key_id, key = await keys.create(wanted.tenant, requests_per_minute=wanted.rpm, is_admin=wanted.is_admin)
+        key_id, key = await keys.create(
+            wanted.tenant or DEFAULT_TENANT, requests_per_minute=wanted.rpm, is_admin=bool(wanted.is_admin)
+        )
         return {"id": key_id, "key": key}
 
     @router.get("/admin/keys")

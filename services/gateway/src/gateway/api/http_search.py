@@ -12,6 +12,7 @@ from gateway.api.json_body import Body, read_json
 from gateway.core.documents import DEFAULT_COLLECTION
 from gateway.core.search import Condition, Hit, Mode, Operator, Question, Scalar, Searcher
 
+_TOP_K = 5
 _MAX_CONDITIONS = 32
 _MAX_VALUE_CHARS = 1024
 
@@ -47,14 +48,17 @@ class Comparisons(Body):
 
 
 class SearchBody(Body):
-    """A search. A filter maps metadata keys to a value, a list of values (any of them), or comparisons."""
+    """A search. A filter maps metadata keys to a value, a list of values (any of them), or comparisons.
+
+    Null means the default.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     query: Annotated[str, Field(min_length=1, max_length=8192)]
-    collection: Collection = DEFAULT_COLLECTION
-    mode: Literal["dense", "keyword", "hybrid"] = "dense"
-    top_k: Annotated[int, Field(ge=1, le=100)] = 5
+    collection: Collection | None = None
+    mode: Literal["dense", "keyword", "hybrid"] | None = None
+    top_k: Annotated[int, Field(ge=1, le=100)] | None = None
     filter: (
         Annotated[dict[MetadataKey, MetadataValue | MetadataList | Comparisons], Field(max_length=_MAX_CONDITIONS)]
         | None
@@ -74,9 +78,9 @@ def search_router(searcher: Searcher) -> APIRouter:
         question = Question(
             tenant=principal_of(request).tenant,
             query=body.query,
-            collection=body.collection,
-            mode=Mode(body.mode),
-            top_k=body.top_k,
+            collection=body.collection or DEFAULT_COLLECTION,
+            mode=Mode(body.mode or Mode.DENSE),
+            top_k=body.top_k or _TOP_K,
             conditions=conditions_of(body.filter or {}),
             group_by_document=body.group_by == "document",
         )
