@@ -254,6 +254,7 @@ class NatsBus:
         backoff_s: Sequence[float] = (1.0, 5.0, 15.0),
         deliver_new_only: bool = False,
     ) -> None:
+        stream = self._stream_of(subject)
         config = ConsumerConfig(
             durable_name=durable,
             filter_subject=subject,
@@ -266,10 +267,9 @@ class NatsBus:
         consumer = _Consumer(self, subject, durable, handler, max_deliver, ack_wait_s, tuple(backoff_s))
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
-                group.create_task(self._pull(subject, durable, config, consumer))
+                group.create_task(self._pull(stream, durable, config, consumer))
 
-    async def _pull(self, subject: str, durable: str, config: ConsumerConfig, consumer: "_Consumer") -> None:
-        stream = self._stream_of(subject)
+    async def _pull(self, stream: str, durable: str, config: ConsumerConfig, consumer: "_Consumer") -> None:
         while True:
             _end_if_cancelled()
             subscription = None

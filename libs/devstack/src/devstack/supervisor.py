@@ -191,8 +191,11 @@ class Supervisor:
             async with asyncio.TaskGroup() as group:
                 for service in self.services.values():
                     group.create_task(self._start_after_dependencies(service))
-        except* StartFailed as failures:
-            raise failures.exceptions[0] from None
+        except ExceptionGroup as group:  # not except*: what is raised there comes wrapped, on some versions of 3.11
+            failed, others = group.split(StartFailed)
+            if failed is None or others is not None:
+                raise
+            raise failed.exceptions[0] from None
 
     async def start(self, name: str) -> None:
         """Starts one service; raises StartFailed, and goes on trying."""
