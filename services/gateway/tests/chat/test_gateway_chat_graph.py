@@ -90,6 +90,14 @@ async def test_rag_tells_the_numbers_where_not_even_one_source_fits(graphs, worl
     assert "20 tokens" in caught.value.message and world.generator.calls == []
 
 
+async def test_rag_retrieves_by_the_beginning_of_a_long_question(graphs, world):
+    world.retriever.sources = [source(0, "Ada made it.")]
+    with pytest.raises(PlatformError) as caught:
+        await run(graphs["rag"], [Message("user", "who " * 20_000)])
+    assert caught.value.reason == "context_length_exceeded" and caught.value.param == "messages"
+    assert len(world.embedder.calls[0][0]) == len(world.retriever.queries[0].text) == 32_768
+
+
 async def test_rag_keeps_the_turns_before_and_the_clients_instruction(graphs, world):
     world.generator.context_length = 200
     world.retriever.sources = [source(0, "Ada made it.")]

@@ -34,6 +34,10 @@ from gateway.core.services import (
     Usage,
 )
 
+# Of a question, for retrieval only: more than an encoder reads and as much as the retriever takes. Whether the whole of
+# it fits into the context is judged by the generator, in tokens.
+_MAX_QUESTION_CHARS = 32_768
+
 
 @dataclass(frozen=True, slots=True)
 class Encode:
@@ -50,7 +54,11 @@ class Encode:
         """Embeds the last user turn."""
         question = question_of(request)
         embedded = await self.embedder.embed(
-            self.model, [question], truncate=True, dimensions=0, timeout_s=deadline.remaining_s()
+            self.model,
+            [question[:_MAX_QUESTION_CHARS]],
+            truncate=True,
+            dimensions=0,
+            timeout_s=deadline.remaining_s(),
         )
         return QueryVector(question, embedded.vectors[0])
 
@@ -73,7 +81,7 @@ class Retrieve:
         assert isinstance(value, QueryVector)
         query = SearchQuery(
             tenant=request.tenant,
-            text=value.question,
+            text=value.question[:_MAX_QUESTION_CHARS],
             vector=value.vector,
             collection=request.collection or self.collection,
             top_k=self.top_k,
