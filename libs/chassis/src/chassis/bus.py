@@ -38,6 +38,8 @@ REQUEST_ID = "Pressroom-Request-Id"
 _FETCH_TIMEOUT_S = 5.0
 _RETRY_S = 0.5
 _ANSWER_TIMEOUT_S = 5.0
+# Counts messages that wait for their next attempt too: a small number would let a few bad ones hold up all others.
+_MAX_PENDING = 10_000
 
 
 class Stream(Protocol):
@@ -261,7 +263,7 @@ class NatsBus:
             ack_policy=AckPolicy.EXPLICIT,
             ack_wait=ack_wait_s,
             max_deliver=-1,  # counted here, so that the last failure leaves a dead letter and not silence
-            max_ack_pending=max(concurrency * 4, 16),
+            max_ack_pending=_MAX_PENDING,
             deliver_policy=DeliverPolicy.NEW if deliver_new_only else DeliverPolicy.ALL,
         )
         consumer = _Consumer(self, subject, durable, handler, max_deliver, ack_wait_s, tuple(backoff_s))

@@ -169,6 +169,21 @@ class BusSuite:
         assert [(r.payload, r.num_delivered) for r in seen.received] == [(b"bad", 1), (b"good", 1), (b"bad", 2)]
         assert {r.message_id for r in seen.received if r.payload == b"bad"} == {f"{subject}1"}
 
+    async def test_many_failed_messages_do_not_hold_up_the_next(self, bus: Bus) -> None:
+        subject, good = _task(), asyncio.Event()
+
+        async def fail_bad(received: Received) -> None:
+            if received.payload == b"bad":
+                raise RuntimeError("not yet")
+            good.set()
+
+        async with consuming(bus, subject, Recorder(fail_bad), backoff_s=(60.0,)):
+            for i in range(40):
+                await bus.publish(subject, b"bad", message_id=f"{subject}{i}")
+            await bus.publish(subject, b"good", message_id=f"{subject}good")
+            async with asyncio.timeout(20):
+                await good.wait()
+
     async def test_a_hopeless_message_is_a_dead_letter_at_once(self, bus: Bus) -> None:
         subject, seen, dead = _task(), Recorder(_hopeless), Recorder()
         durable = f"w-{subject[-8:]}"
