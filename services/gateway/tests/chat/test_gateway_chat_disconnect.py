@@ -113,6 +113,16 @@ async def test_leaving_while_the_body_is_sent_is_no_error_of_ours(world, key, ca
     assert not [line for line in caplog.records if line.levelname == "ERROR"]
 
 
+async def test_a_body_that_never_ends_is_refused_when_the_time_is_up(world, key):
+    world.app._timeout_s = 0.1
+    client = Client("/v1/chat/completions", BODY, key)
+    client._sent_body = True  # no byte comes, and the client does not leave
+    await asyncio.wait_for(world.app(client.scope, client.receive, client.send), 2)
+    assert json.loads(client.received)["error"]["code"] == "deadline_exceeded"
+    (record,) = world.ledger.records
+    assert (record.http_status, record.error_code) == (504, "deadline_exceeded")
+
+
 async def test_a_server_that_shuts_down_records_what_it_cuts_off(world, key):
     world.generator.token_s = 0.02
     client = Client("/v1/chat/completions", BODY | {"stream": True}, key)

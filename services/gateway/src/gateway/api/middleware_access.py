@@ -1,6 +1,8 @@
 """Who may pass and how often: authentication, request limits and the size of bodies."""
 
+import asyncio
 import math
+import time
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -100,7 +102,7 @@ def _duration(seconds: float) -> str:
 
 
 class BodyCap:
-    """Refuses bodies that are too large, by what they say and by what really arrives."""
+    """Refuses bodies that are too large, by what they say and by what really arrives, and those that never end."""
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_upload_bytes: int) -> None:
         self._app = app
@@ -114,19 +116,26 @@ class BodyCap:
         said = headers.get("content-length", "")
         if said.isdecimal() and int(said) > cap:
             raise _too_large(cap)
-        await self._app(scope, _counted(receive, cap), send)
+        await self._app(scope, _counted(receive, cap, scope["state"]["deadline_s"]), send)
 
     def _cap(self, path: str, content_type: str) -> int:
         is_upload = path in _UPLOADS and content_type.lower().startswith("multipart/")
         return self._max_upload_bytes if is_upload else self._max_body_bytes
 
 
-def _counted(receive: Receive, cap: int) -> Receive:
-    num_bytes = 0
+def _counted(receive: Receive, cap: int, deadline_s: float) -> Receive:
+    num_bytes, is_complete = 0, False
 
     async def counted() -> Message:
-        nonlocal num_bytes
-        message = await receive()
+        nonlocal num_bytes, is_complete
+        if is_complete:  # what is awaited now is the client's leaving
+            return await receive()
+        try:
+            async with asyncio.timeout(deadline_s - time.monotonic()):
+                message = await receive()
+        except TimeoutError:
+            raise PlatformError(Code.DEADLINE_EXCEEDED, "the body did not arrive in time") from None
+        is_complete = not message.get("more_body", False)
         num_bytes += len(message.get("body", b""))
         if num_bytes > cap:
             raise _too_large(cap)
