@@ -248,6 +248,12 @@ async def test_lone_surrogate_is_a_400(gateway):
 FORM = "multipart/form-data; boundary=b"
 
 
+async def test_form_names_the_content_type_where_that_is_wrong(gateway):
+    files = {"file": ("a.bin", b"x", "text/markdown")}
+    refused(await gateway.post("/v1/documents", files=files, data={"content_type": "image/png"}), 415, "content_type")
+    assert (await gateway.post("/v1/documents", files=files, data={"content_type": "text/html"})).status_code == 202
+
+
 @pytest.mark.parametrize(
     ("content", "content_type", "status", "param"),
     [

@@ -114,9 +114,12 @@ async def _submit_form(request: Request, tenant: str, library: Library, max_uplo
                 Code.INVALID_ARGUMENT, "the form needs a file", param="file", reason="missing_required_parameter"
             )
         described = _described(form)
-        declared = described.content_type or upload.content_type
         filename = (upload.filename or "")[:255]
-        description = described.description(media_type_of(declared, filename), filename)
+        if described.content_type:
+            media_type = _declared(described.content_type, filename)
+        else:
+            media_type = media_type_of(upload.content_type, filename)
+        description = described.description(media_type, filename)
         return await library.submit(tenant, upload.file, description, param="file")
     finally:
         await form.close()
@@ -165,9 +168,9 @@ def _described(form: FormData) -> _Described:
     return validate(fields, _Described)
 
 
-def _declared(content_type: str | None) -> str:
+def _declared(content_type: str | None, filename: str | None = None) -> str:
     try:
-        return media_type_of(content_type or TEXT, None)
+        return media_type_of(content_type or TEXT, filename)
     except PlatformError as error:
         raise PlatformError(error.code, error.message, param="content_type") from None
 
