@@ -42,7 +42,7 @@ class _Generator(generator_pb2_grpc.GeneratorServiceServicer):
                     raise PlatformError(Code.OVERLOADED, "full", retry_after_s=2.0)
                 yield generator_pb2.GenerateResponse(delta=generator_pb2.Delta(text=str(i)))
                 await asyncio.sleep(0.005)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):  # the latter where the cancel came while a message was sent
             self.cancelled.set()
             raise
 
