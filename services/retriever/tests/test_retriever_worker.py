@@ -336,7 +336,6 @@ async def test_jobs_of_one_document_at_once_leave_one_of_them_whole(stage: Stage
     )
     chunks = stage.chunks()
     assert len(chunks) == chunks[0].num_chunks and len({chunk.revision for chunk in chunks}) == 1
-    assert worker.num_running == 0
 
 
 async def test_an_encoder_that_was_replaced_has_the_document_embedded_anew(stage: Stage) -> None:

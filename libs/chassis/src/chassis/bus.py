@@ -37,6 +37,7 @@ MESSAGE_ID = "Nats-Msg-Id"
 REQUEST_ID = "Pressroom-Request-Id"
 _FETCH_TIMEOUT_S = 5.0
 _RETRY_S = 0.5
+_BACKLOG_POLL_S = 2.0
 _ANSWER_TIMEOUT_S = 5.0
 # Counts messages that wait for their next attempt too: a small number would let a few bad ones hold up all others.
 _MAX_PENDING = 10_000
@@ -90,6 +91,11 @@ class Bus(Protocol):
         """A server is connected right now."""
         ...
 
+    @property
+    def backlog(self) -> int:
+        """Messages that the consumers of this process have still to handle, those in hand included; seconds old."""
+        ...
+
     async def publish(
         self, subject: str, payload: bytes, *, message_id: str, traceparent: str | None = None, timeout_s: float = 5.0
     ) -> None:
@@ -138,6 +144,7 @@ class NatsBus:
         self._ready = asyncio.Event()  # connected, and the streams stand
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._backlogs: dict[str, int] = {}  # by durable
 
     @classmethod
     def connect(cls, url: str, name: str, streams: Sequence[Stream]) -> "NatsBus":
@@ -149,6 +156,10 @@ class NatsBus:
     @property
     def connected(self) -> bool:
         return self._ready.is_set() and self._client.is_connected
+
+    @property
+    def backlog(self) -> int:
+        return sum(self._backlogs.values())
 
     def _start(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -270,6 +281,7 @@ class NatsBus:
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(self._pull(stream, durable, config, consumer))
+            group.create_task(self._watch_backlog(stream, durable))
 
     async def _pull(self, stream: str, durable: str, config: ConsumerConfig, consumer: "_Consumer") -> None:
         while True:
@@ -292,6 +304,15 @@ class NatsBus:
                 if subscription is not None:
                     with contextlib.suppress(nats.errors.Error, OSError):
                         await subscription.unsubscribe()
+
+    async def _watch_backlog(self, stream: str, durable: str) -> None:
+        while True:
+            await self._ready.wait()
+            # The consumer may not stand yet, or the server be away: the last count is the best there is.
+            with contextlib.suppress(TimeoutError, nats.errors.Error, OSError):
+                info = await self._client.jsm(timeout=_ANSWER_TIMEOUT_S).consumer_info(stream, durable)
+                self._backlogs[durable] = (info.num_pending or 0) + (info.num_ack_pending or 0)
+            await asyncio.sleep(_BACKLOG_POLL_S)
 
     def _stream_of(self, subject: str) -> str:
         for spec in self._streams:

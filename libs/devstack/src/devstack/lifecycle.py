@@ -17,7 +17,7 @@ from devstack.home import Home, read_json
 from devstack.processes import group_members, is_alive
 
 _SUPERVISOR_START_S = 20.0
-_SUPERVISOR_END_S = 60.0  # longer than three tiers of stop_grace_s
+_SUPERVISOR_END_S = 90.0  # longer than three tiers of stop_grace_s
 _SWEEP_GRACE_S = 15.0
 _POLL_S = 0.05
 

@@ -34,4 +34,4 @@ class Spec:
     port: int | None = None
     http_port: int | None = None
     start_timeout_s: float = 180.0
-    stop_grace_s: float = 12.0
+    stop_grace_s: float = 20.0

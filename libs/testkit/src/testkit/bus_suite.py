@@ -263,6 +263,22 @@ class BusSuite:
             await eventually(lambda: seen.received)
         assert seen.received[0].headers["traceparent"] == parent
 
+    @pytest.mark.parametrize("subject", [_fact, _task], ids=["event", "job"])
+    async def test_the_backlog_counts_what_waits_and_what_is_in_hand(
+        self, bus: Bus, subject: Callable[[], str]
+    ) -> None:
+        topic, go_on = subject(), asyncio.Event()
+
+        async def wait(_: Received) -> None:
+            await go_on.wait()
+
+        for i in range(3):
+            await bus.publish(topic, b"x", message_id=f"{topic}-{i}")
+        async with consuming(bus, topic, wait):
+            await eventually(lambda: bus.backlog == 3)
+            go_on.set()
+            await eventually(lambda: bus.backlog == 0)
+
     async def test_a_subject_without_a_stream_is_refused_and_not_lost_silently(self, bus: Bus) -> None:
         with pytest.raises(PlatformError) as caught:
             await bus.publish("pressroom.nowhere.x", b"x", message_id="n", timeout_s=1.0)

@@ -45,6 +45,8 @@ class _Durable:
     log: _Log
     subject: str
     cursor: int
+    start: int
+    num_settled: int = 0
     ready: collections.deque[int] = field(default_factory=collections.deque)
     num_delivered: collections.Counter[int] = field(default_factory=collections.Counter)
 
@@ -62,6 +64,13 @@ class _Durable:
     def settle(self, position: int) -> None:
         if self.log.spec.retention == "workqueue":
             self.log.messages[position] = None
+        else:
+            self.num_settled += 1
+
+    @property
+    def backlog(self) -> int:
+        kept = (m for m in self.log.messages[self.start :] if m is not None)
+        return sum(matches(self.subject, m.subject) for m in kept) - self.num_settled
 
 
 class FakeBus:
@@ -99,6 +108,10 @@ class FakeBus:
     @property
     def connected(self) -> bool:
         return self._up
+
+    @property
+    def backlog(self) -> int:
+        return sum(durable.backlog for durable in self._durables.values())
 
     async def publish(
         self, subject: str, payload: bytes, *, message_id: str, traceparent: str | None = None, timeout_s: float = 5.0
@@ -195,7 +208,8 @@ class FakeBus:
         if name not in self._durables:
             if log.spec.retention == "workqueue" and any(d.subject == subject for d in self._durables.values()):
                 raise ValueError(f"the work queue {subject} has a consumer of another name")
-            self._durables[name] = _Durable(log, subject, len(log.messages) if new_only else 0)
+            start = len(log.messages) if new_only else 0
+            self._durables[name] = _Durable(log, subject, start, start)
         return self._durables[name]
 
     async def _next(self, state: _Durable) -> int:

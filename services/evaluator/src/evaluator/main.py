@@ -21,6 +21,7 @@ def main() -> int:
         bus = NatsBus.connect(settings.nats_url, "evaluator", STREAMS)
         app.on_close(bus.close)
         app.ready_when("bus", lambda: bus.connected)
+        app.set_queue_depth(lambda: bus.backlog)
         app.spawn("jobs", bus.consume(JOBS_EVALUATE, durable=DURABLE, handler=EvaluateWorker(bus).handle))
         app.add_grpc(
             evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server,

@@ -24,6 +24,7 @@ def main() -> int:
         bus = NatsBus.connect(settings.nats_url, "monitor", STREAMS)
         app.on_close(bus.close)
         app.ready_when("bus", lambda: bus.connected)
+        app.set_queue_depth(lambda: bus.backlog)
         app.spawn("records", bus.consume(EVENTS_REQUEST_COMPLETED, durable=DURABLE, handler=records.handle))
         app.add_grpc(
             monitor_pb2_grpc.add_MonitorServiceServicer_to_server,

@@ -79,7 +79,7 @@ def _start_worker(app: App, settings: RetrieverSettings, encoder: GrpcEncoder, c
     cancellations = Cancellations()
     ingestor = Ingestor(extractor, encoder, chunks, policy)
     worker = IngestWorker(bus, files, ingestor, cancellations, patience_s=settings.ingest_patience_s)
-    app.set_queue_depth(lambda: worker.num_running)
+    app.set_queue_depth(lambda: bus.backlog)
     app.spawn("cancellations", bus.listen(CONTROL_REQUEST_CANCEL, cancellations.handle))
     app.spawn(
         "ingest",

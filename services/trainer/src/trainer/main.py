@@ -21,6 +21,7 @@ def main() -> int:
         bus = NatsBus.connect(settings.nats_url, "trainer", STREAMS)
         app.on_close(bus.close)
         app.ready_when("bus", lambda: bus.connected)
+        app.set_queue_depth(lambda: bus.backlog)
         app.spawn("jobs", bus.consume(JOBS_TRAIN, durable=DURABLE, handler=TrainWorker(bus).handle))
         app.add_grpc(
             trainer_pb2_grpc.add_TrainerServiceServicer_to_server,

@@ -72,24 +72,14 @@ class IngestWorker:
         self._ingestor = ingestor
         self._cancellations = cancellations
         self._patience_s = patience_s
-        self._num_running = 0
-
-    @property
-    def num_running(self) -> int:
-        """Jobs in hand."""
-        return self._num_running
 
     async def handle(self, received: Received) -> None:
         """Returns when the job has ended, well or not; raises a retryable error where it is to be delivered again."""
         job = _parsed(received.payload)
         request = context.RequestContext(context.current().request_id, job.tenant)
-        self._num_running += 1
-        try:
-            with context.use(request), telemetry.tracer().start_as_current_span("retriever.ingest") as span:
-                span.set_attribute("job_id", job.job_id)
-                await self._handle(job, received.num_delivered)
-        finally:
-            self._num_running -= 1
+        with context.use(request), telemetry.tracer().start_as_current_span("retriever.ingest") as span:
+            span.set_attribute("job_id", job.job_id)
+            await self._handle(job, received.num_delivered)
 
     async def _handle(self, job: events_pb2.IngestJob, delivery: int) -> None:
         reporter = Reporter(self._bus, job.job_id, delivery)
