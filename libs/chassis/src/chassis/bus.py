@@ -381,17 +381,29 @@ class _Consumer:
         heartbeat = asyncio.create_task(self._keep_alive(message))
         try:
             error = await self._handle(received)
+        except asyncio.CancelledError:  # this process stops: another may have it at once, not after ack_wait
+            with contextlib.suppress(nats.errors.Error, OSError):
+                await message.nak()
+            raise
         finally:
             heartbeat.cancel()
         if error is None:
-            await message.ack_sync(timeout=_ANSWER_TIMEOUT_S)
-            self._count("ack")
+            await self._ack(message)
         elif self._hopeless(error) or received.num_delivered >= self.max_deliver:
             await self._bury(message, received, repr(error))
         else:
             delay_s = self.backoff_s[min(received.num_delivered, len(self.backoff_s)) - 1] if self.backoff_s else 0.0
             await message.nak(delay=delay_s)
             self._count("retry")
+
+    async def _ack(self, message: Msg) -> None:
+        try:
+            await message.ack_sync(timeout=_ANSWER_TIMEOUT_S)
+        except (TimeoutError, nats.errors.Error, OSError) as error:  # done, but it may come again
+            log.warning("ack was not confirmed", extra={"consumer": self.durable, "error": repr(error)})
+            self._count("unconfirmed")
+            return
+        self._count("ack")
 
     async def _handle(self, received: Received) -> Exception | None:
         """Runs the handler in the publisher's trace and request; returns what it raised."""

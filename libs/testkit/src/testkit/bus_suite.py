@@ -279,6 +279,20 @@ class BusSuite:
             go_on.set()
             await eventually(lambda: bus.backlog == 0)
 
+    async def test_a_message_in_hand_at_the_end_goes_to_the_next_consumer_at_once(self, bus: Bus) -> None:
+        topic, name, begun, seen = _task(), f"d-{uuid.uuid4().hex}", asyncio.Event(), Recorder()
+
+        async def hang(_: Received) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        await bus.publish(topic, b"x", message_id=topic)
+        async with consuming(bus, topic, hang, durable=name):
+            await asyncio.wait_for(begun.wait(), 10)
+        async with consuming(bus, topic, seen, durable=name):
+            await eventually(lambda: seen.received, timeout_s=8)  # ack_wait is 30 s
+        assert seen.received[0].num_delivered == 2
+
     async def test_a_subject_without_a_stream_is_refused_and_not_lost_silently(self, bus: Bus) -> None:
         with pytest.raises(PlatformError) as caught:
             await bus.publish("pressroom.nowhere.x", b"x", message_id="n", timeout_s=1.0)
