@@ -228,4 +228,5 @@ def _ref(chunk: Chunk) -> ChunkRef:
         chunk.ordinal,
         chunk.revision,
         chunk.indexed_unix_s,
+        chunk.job_id,
     )

@@ -321,6 +321,16 @@ async def test_undoing_a_job_spares_the_document_that_a_later_job_completed_with
     assert len(chunks) == chunks[0].num_chunks
 
 
+async def test_undoing_a_job_that_wrote_all_spares_the_document_once_a_later_job_found_it(stage: Stage) -> None:
+    await stage.deliver(stage.job())  # all is written; its worker dies before anybody hears of it
+    await stage.deliver(stage.job(job_id="job_2"))  # the same document, sent again
+    superseded = events_pb2.RequestCancel(id="job_1").SerializeToString()
+    await stage.cancellations.handle(Received(CONTROL_REQUEST_CANCEL, superseded, "", 1, {}))
+    await stage.deliver(stage.job(), num_delivered=2)
+    chunks = stage.chunks()
+    assert chunks and len(chunks) == chunks[0].num_chunks
+
+
 async def test_a_job_cancelled_before_its_turn_does_nothing(stage: Stage) -> None:
     message = events_pb2.RequestCancel(id="job_1").SerializeToString()
     await stage.cancellations.handle(Received(CONTROL_REQUEST_CANCEL, message, "", 1, {}))

@@ -85,6 +85,7 @@ class ChunkRef:
     ordinal: int
     revision: str
     indexed_unix_s: int
+    job_id: str
 
 
 def chunk_id(document_id: str, ordinal: int) -> str:

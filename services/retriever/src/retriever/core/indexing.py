@@ -96,12 +96,13 @@ class Attempt:
             external_ids=[plan.document.external_id for plan in plans if plan.document.external_id],
         )
         keys = {ref.key for ref in there}
+        ours = {ref.key for ref in there if ref.job_id == self._job_id}
         missing: list[Chunk] = []
         for plan in plans:
-            if plan.key(0) in keys:  # complete, by an earlier attempt or an earlier upload of the same
-                self._done += len(plan.texts)
-                continue
             rows = [row for row in self._rows(plan) if row.key not in keys]
+            if plan.key(0) in keys - ours:
+                # Complete, by another job. Its first chunk becomes ours: if that job is undone, the document stays.
+                rows = [row for row in self._rows(plan) if row.ordinal == 0]
             self._done += len(plan.texts) - len(rows)
             missing.extend(rows)
         await self._watcher.report(self._done, self._total)
