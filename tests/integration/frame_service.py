@@ -13,8 +13,9 @@ from pressroom.generator.v1 import generator_pb2, generator_pb2_grpc
 
 from chassis import context, rpc, telemetry
 from chassis.app import App
-from chassis.bus import NatsBus, Received
+from chassis.bus import Received
 from chassis.errors import Code, PlatformError
+from chassis.nats_bus import NatsBus
 from chassis.settings import ServiceSettings, load_settings, settings_config
 from contracts.subjects import EVENTS_REQUEST_COMPLETED, STREAMS
 

@@ -7,8 +7,8 @@ from pressroom.monitor.v1 import monitor_pb2, monitor_pb2_grpc
 
 import testkit
 from chassis import rpc
-from chassis.bus import NatsBus
 from chassis.errors import Code, PlatformError
+from chassis.nats_bus import NatsBus
 from contracts.subjects import EVENTS_REQUEST_COMPLETED, JOBS_EVALUATE, JOBS_TRAIN, STREAMS, progress
 from testkit.bus_suite import Recorder, consuming
 from testkit.processes import ServiceProcess

@@ -7,8 +7,8 @@ import time
 import pytest
 
 import testkit
-from chassis.bus import NatsBus
 from chassis.errors import Code, PlatformError
+from chassis.nats_bus import NatsBus
 from testkit.bus_suite import STREAMS, BusSuite, Recorder, consuming
 from testkit.servers import NatsServer
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from chassis.bus import NatsBus, Received, StreamSpec
+from chassis.bus import Received, StreamSpec
+from chassis.nats_bus import NatsBus
 
 
 class _Client:
@@ -23,6 +24,9 @@ class _Client:
     jetstream = jsm
 
     async def add_consumer(self, *_: object) -> None: ...
+
+    async def consumer_info(self, *_: object) -> None:
+        raise TimeoutError
 
     async def pull_subscribe_bind(self, **_: object) -> "_Client":
         return self

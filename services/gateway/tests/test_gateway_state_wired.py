@@ -13,9 +13,9 @@ from pressroom.monitor.v1 import monitor_pb2_grpc
 from pressroom.retriever.v1 import retriever_pb2, retriever_pb2_grpc
 
 from chassis import context, rpc
-from chassis.bus import NatsBus
 from chassis.context import RequestContext
 from chassis.errors import Code, PlatformError
+from chassis.nats_bus import NatsBus
 from contracts import subjects
 from gateway.api import errors
 from gateway.api.middleware import RequestFrame

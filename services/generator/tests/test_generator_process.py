@@ -16,8 +16,9 @@ from pressroom.generator.v1 import generator_pb2 as pb
 from pressroom.generator.v1 import generator_pb2_grpc
 
 from chassis import context, rpc
-from chassis.bus import NatsBus, StreamSpec
+from chassis.bus import StreamSpec
 from chassis.context import RequestContext
+from chassis.nats_bus import NatsBus
 from contracts import subjects
 from testkit import eventually
 from testkit.processes import ServiceProcess

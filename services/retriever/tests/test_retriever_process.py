@@ -24,8 +24,9 @@ from pressroom.retriever.v1 import retriever_pb2_grpc
 from retriever_fakes import FakeEncoder
 
 from chassis import context, rpc
-from chassis.bus import NatsBus, Received
+from chassis.bus import Received
 from chassis.errors import PlatformError
+from chassis.nats_bus import NatsBus
 from contracts.subjects import CONTROL_REQUEST_CANCEL, JOBS_INGEST, PROGRESS_ALL, STREAMS
 from testkit import eventually, free_port
 from testkit.servers import MilvusServer, NatsServer

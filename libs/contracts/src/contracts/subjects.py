@@ -16,7 +16,7 @@ _GIB = 1024**3
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """A JetStream stream; field meanings are those of chassis.bus.StreamSpec."""
+    """A JetStream stream; field meanings are those of chassis.bus.Stream."""
 
     name: str
     subjects: tuple[str, ...]

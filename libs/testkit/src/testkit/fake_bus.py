@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from opentelemetry import trace
 
 from chassis import context, telemetry
-from chassis.bus import DEAD_PREFIX, MESSAGE_ID, REQUEST_ID, Handler, Received, Stream
+from chassis.bus import DEAD_PREFIX, MESSAGE_ID, REQUEST_ID, Handler, Received, Stream, matches
 from chassis.errors import Code, PlatformError
 from contracts.subjects import STREAMS
 
@@ -278,14 +278,3 @@ class FakeBus:
         if "traceparent" in received.headers:
             headers["traceparent"] = received.headers["traceparent"]
         self._store(Stored(DEAD_PREFIX + received.subject, received.payload, headers))
-
-
-def matches(pattern: str, subject: str) -> bool:
-    """Whether a subject falls under a NATS pattern (`*` one token, `>` the rest)."""
-    wanted, given = pattern.split("."), subject.split(".")
-    for i, token in enumerate(wanted):
-        if token == ">":
-            return len(given) > i
-        if i >= len(given) or token not in ("*", given[i]):
-            return False
-    return len(wanted) == len(given)

@@ -5,7 +5,7 @@ import sys
 from pressroom.evaluator.v1 import evaluator_pb2_grpc
 
 from chassis.app import App
-from chassis.bus import NatsBus
+from chassis.nats_bus import NatsBus
 from chassis.settings import load_settings
 from contracts.subjects import JOBS_EVALUATE, STREAMS
 from evaluator.api.consumers import DURABLE, EvaluateWorker

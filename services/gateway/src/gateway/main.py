@@ -6,7 +6,7 @@ import grpc.aio
 
 from chassis import rpc, telemetry
 from chassis.app import App
-from chassis.bus import NatsBus
+from chassis.nats_bus import NatsBus
 from chassis.settings import EXIT_BAD_CONFIGURATION, load_settings
 from contracts.subjects import STREAMS
 from gateway.api.http import Limits, make_app

@@ -8,7 +8,8 @@ from pressroom.generator.v1 import generator_pb2_grpc
 
 from chassis import metrics
 from chassis.app import App
-from chassis.bus import NatsBus, StreamSpec
+from chassis.bus import StreamSpec
+from chassis.nats_bus import NatsBus
 from chassis.settings import load_settings
 from contracts import subjects
 from generator.api import consumers

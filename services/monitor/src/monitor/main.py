@@ -5,7 +5,7 @@ import sys
 from pressroom.monitor.v1 import monitor_pb2_grpc
 
 from chassis.app import App
-from chassis.bus import NatsBus
+from chassis.nats_bus import NatsBus
 from chassis.settings import load_settings
 from contracts.subjects import EVENTS_REQUEST_COMPLETED, STREAMS
 from monitor.api.consumers import DURABLE, RequestRecords

@@ -6,7 +6,7 @@ from pressroom.retriever.v1 import retriever_pb2_grpc
 
 from chassis import rpc
 from chassis.app import App
-from chassis.bus import NatsBus
+from chassis.nats_bus import NatsBus
 from chassis.settings import load_settings
 from contracts.subjects import CONTROL_REQUEST_CANCEL, JOBS_INGEST, STREAMS
 from retriever.api.cancellations import Cancellations

@@ -5,7 +5,7 @@ import sys
 from pressroom.trainer.v1 import trainer_pb2_grpc
 
 from chassis.app import App
-from chassis.bus import NatsBus
+from chassis.nats_bus import NatsBus
 from chassis.settings import load_settings
 from contracts.subjects import JOBS_TRAIN, STREAMS
 from trainer.api.consumers import DURABLE, TrainWorker
