@@ -12,7 +12,7 @@ from chassis.errors import Code, PlatformError
 from gateway.core.ports import Keys, LimitState, RequestLimiter
 
 _MAX_KEY_CHARS = 256
-_NO_TOKEN_LIMIT = 2**53 - 1  # JavaScript's largest safe integer
+_NO_LIMIT = 2**53 - 1  # JavaScript's largest safe integer
 _UPLOADS = ("/v1/documents", "/v1/files")
 
 
@@ -60,7 +60,8 @@ def _bearer_key(headers: Headers) -> str:
 class RateLimit:
     """Counts every request of a key that has a limit, and says so in OpenAI's headers.
 
-    Tokens are counted but not limited yet: their headers say the largest number that every client can read.
+    Where there is no limit (a key without one; tokens, so far) the headers say the largest number that every client
+    can read.
     """
 
     def __init__(self, app: ASGIApp, *, limiter: RequestLimiter) -> None:
@@ -70,8 +71,7 @@ class RateLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on, or raises RATE_LIMITED."""
         state = await self._limiter.hit(scope["state"]["principal"])
-        if state.limit is not None:
-            scope["state"]["answer_headers"] |= _limit_headers(state)
+        scope["state"]["answer_headers"] |= _limit_headers(state)
         if not state.allowed:
             raise PlatformError(
                 Code.RATE_LIMITED,
@@ -83,12 +83,13 @@ class RateLimit:
 
 
 def _limit_headers(state: LimitState) -> dict[str, str]:
+    is_limited = state.limit is not None
     return {
-        "x-ratelimit-limit-requests": str(state.limit),
-        "x-ratelimit-remaining-requests": str(state.remaining),
+        "x-ratelimit-limit-requests": str(state.limit if is_limited else _NO_LIMIT),
+        "x-ratelimit-remaining-requests": str(state.remaining if is_limited else _NO_LIMIT),
         "x-ratelimit-reset-requests": _duration(state.reset_s),
-        "x-ratelimit-limit-tokens": str(_NO_TOKEN_LIMIT),
-        "x-ratelimit-remaining-tokens": str(_NO_TOKEN_LIMIT),
+        "x-ratelimit-limit-tokens": str(_NO_LIMIT),
+        "x-ratelimit-remaining-tokens": str(_NO_LIMIT),
         "x-ratelimit-reset-tokens": _duration(0),
     }
 
