@@ -42,7 +42,7 @@ async def test_a_limited_key_is_told_its_limit_and_then_refused(world, limited_k
     assert world.ledger.records[0].prompt_text == ""  # this tenant does not allow text
 
 
-async def test_an_unlimited_key_has_no_limit_headers(world):
+async def test_a_key_without_a_limit_says_so_in_its_headers(world):
     async with world.client() as client:
         response = await client.get("/v1/models")
     for what in ("requests", "tokens"):
