@@ -162,7 +162,6 @@ def _process_env(wiring: Wiring, num_threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "GRPC_ENABLE_FORK_SUPPORT": "0",  # the retriever's extraction child would print a warning for each file
         "MALLOC_ARENA_MAX": "2",
         "PYTHONUNBUFFERED": "1",
         "NO_PROXY": no_proxy,

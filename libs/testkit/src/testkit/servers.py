@@ -6,7 +6,6 @@ the one that was started (its name, its password, or its process owning the port
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import pathlib
@@ -28,20 +27,15 @@ import psutil
 
 from testkit.ports import free_port
 
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
+# Runs first in the child: a test runner that is killed leaves no server behind. The kernel sends the signal (9) when
+# the thread that started the child ends: hence _spawner, which lives on. Not a preexec_fn: with gRPC's threads in the
+# runner the forked child sometimes crashed (SIGSEGV) before it came to exec.
+_DIE_WITH_PARENT = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 _spawner = ThreadPoolExecutor(1, "testkit-spawner")
-
-
-def _die_with_parent() -> None:
-    """Runs in the child before exec: a test runner that is killed leaves no server behind.
-
-    The kernel sends the signal when the thread that started the child ends: hence _spawner, which lives on.
-    """
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Server(ABC):
@@ -116,12 +110,11 @@ class Server(ABC):
 
     def _spawn(self, log: BinaryIO) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            self._argv(),
+            [sys.executable, "-S", "-E", "-c", _DIE_WITH_PARENT, *self._argv()],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env=self._env(),
-            preexec_fn=_die_with_parent,
         )
 
     def _is_ready(self) -> bool:
