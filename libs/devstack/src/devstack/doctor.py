@@ -95,11 +95,11 @@ def _models(settings: Settings, home: Home) -> Iterator[Finding]:
             files = json.loads((folder / "manifest.json").read_text())["files"]
             broken = [problem for file in files if (problem := _mismatch(folder / file["path"], file["sha256"]))]
         except FileNotFoundError:
-            yield Finding("models", False, f"{model} is not prepared", "make up prepares it")
+            yield Finding("models", False, f"{model} is not prepared", "make models")
             continue
         except (OSError, ValueError, KeyError) as error:
             broken = [f"the manifest of {model} cannot be read: {error}"]
-        mend = f"rm -r {folder} && make up" if broken else ""
+        mend = "make models" if broken else ""  # makes anew what does not match its checksums
         yield Finding("models", not broken, "; ".join(broken) or f"{model}: checksums hold", mend)
 
 

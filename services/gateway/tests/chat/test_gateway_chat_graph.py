@@ -50,6 +50,16 @@ async def test_plain_model_passes_the_generators_events_on(graphs, spans):
     assert spans == ["+graph.generate", "-graph.generate"]
 
 
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [(Sampling(), (0.2, 0.9)), (Sampling(temperature=1.0), (1.0, None)), (Sampling(top_p=0.5), (None, 0.5))],
+)
+async def test_a_graphs_sampling_holds_only_where_the_client_names_none(graphs, world, named, expected):
+    await run(graphs["smollm2-135m-instruct"], sampling=named)
+    sampling = world.generator.calls[0].sampling
+    assert (sampling.temperature, sampling.top_p) == expected
+
+
 async def test_rag_walks_encode_retrieve_generate(graphs, spans, world):
     world.retriever.sources = [source(0, "Ada made it."), source(1, "It runs.")]
     events = await run(graphs["rag"])

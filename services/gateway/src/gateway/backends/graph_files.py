@@ -76,6 +76,8 @@ class _GroundedParams(_Declared):
 
 class _GenerateParams(_Declared):
     model: str = Field(min_length=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
 
 
 class _EncodeNode(_Declared):
@@ -99,7 +101,8 @@ class _RetrieveNode(_Declared):
 
 
 def _how_to_generate(params: object) -> str:
-    return "grounded" if isinstance(params, dict) and set(params) - {"model"} else "plain"
+    plain = set(_GenerateParams.model_fields)
+    return "grounded" if isinstance(params, dict) and set(params) - plain else "plain"
 
 
 class _GenerateNode(_Declared):
@@ -217,5 +220,5 @@ def _step(node: _EncodeNode | _RetrieveNode | _GenerateNode, services: Services)
 def _answer(node: _GenerateNode, generator: Generator) -> Answer:
     params = node.params
     if isinstance(params, _GenerateParams):
-        return Generate(node.id, generator, params.model)
+        return Generate(node.id, generator, params.model, params.temperature, params.top_p)
     return GenerateGrounded(node.id, generator, params.model, Grounded(**params.model_dump(exclude={"model"})))

@@ -107,7 +107,7 @@ def _generation(model: str, request: GraphRequest) -> Generation:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Lets the model complete the prompt as it is."""
+    """Lets the model complete the prompt as it is; `temperature` and `top_p` hold where the client names neither."""
 
     takes: ClassVar[ValueKind] = ValueKind.REQUEST
     gives: ClassVar[ValueKind] = ValueKind.STREAM
@@ -115,10 +115,15 @@ class Generate:
     id: str
     generator: Generator
     model: str
+    temperature: float | None = None
+    top_p: float | None = None
 
     async def stream(self, value: Value, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Passes the generator's events on."""
-        call = _generation(self.model, request)
+        sampling = request.sampling
+        if sampling.temperature is None and sampling.top_p is None:
+            sampling = replace(sampling, temperature=self.temperature, top_p=self.top_p)
+        call = _generation(self.model, replace(request, sampling=sampling))
         async with aclosing(self.generator.generate(call, timeout_s=deadline.remaining_s())) as events:
             async for event in events:
                 yield event
