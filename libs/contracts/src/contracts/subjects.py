@@ -72,7 +72,13 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject(JOBS_EVALUATE, events_pb2.EvaluateJob, "JOBS", "gateway", ("evaluator",)),
     Subject(PROGRESS_ALL, events_pb2.JobProgress, "PROGRESS", "retriever, trainer, evaluator", ("gateway",)),
     Subject(CONTROL_KEYS_REVOKED, events_pb2.KeysRevoked, None, "gateway", ("gateway",)),
-    Subject(CONTROL_REQUEST_CANCEL, events_pb2.RequestCancel, None, "gateway", ("generator", "retriever")),
+    Subject(
+        CONTROL_REQUEST_CANCEL,
+        events_pb2.RequestCancel,
+        None,
+        "gateway",
+        ("generator", "retriever", "trainer", "evaluator"),
+    ),
 )
 
 

@@ -92,6 +92,7 @@ def _generator(wiring: Wiring) -> dict[str, str]:
     return {
         "MODEL_DIR": str(wiring.home.models / "smollm2-135m-instruct"),
         "NUM_THREADS": str(min(wiring.num_cores, 16)),
+        "STORE_DIR": str(wiring.home.models),
     }
 
 
@@ -103,8 +104,28 @@ def _retriever(wiring: Wiring) -> dict[str, str]:
     }
 
 
-def _graph_parts(wiring: Wiring) -> dict[str, str]:
-    return {"GENERATOR_ADDR": wiring.addr("generator"), "RETRIEVER_ADDR": wiring.addr("retriever")}
+def _evaluator(wiring: Wiring) -> dict[str, str]:
+    return {
+        "GENERATOR_ADDR": wiring.addr("generator"),
+        "GATEWAY_ADDR": wiring.addr("gateway"),
+        "DATA_DIR": str(wiring.home.data / "evaluator"),
+    }
+
+
+def _trainer(wiring: Wiring) -> dict[str, str]:
+    return {
+        "GENERATOR_ADDR": wiring.addr("generator"),
+        "GATEWAY_ADDR": wiring.addr("gateway"),
+        "DATA_DIR": str(wiring.home.data / "trainer"),
+        "STORE_DIR": str(wiring.home.models),
+    }
+
+
+def _monitor(wiring: Wiring) -> dict[str, str]:
+    return {
+        "DATA_DIR": str(wiring.home.data / "monitor"),
+        "ENCODER_DIR": str(wiring.home.models / "all-minilm-l6-v2"),
+    }
 
 
 ROWS: tuple[Row, ...] = (
@@ -112,9 +133,9 @@ ROWS: tuple[Row, ...] = (
     Row("embedder", (), _embedder, num_threads=lambda num_cores: min(num_cores, 4)),
     Row("retriever", ("nats", "milvus"), _retriever),
     Row("generator", ("nats",), _generator, num_threads=lambda num_cores: min(num_cores, 16)),
-    Row("evaluator", ("nats",), _graph_parts),
-    Row("trainer", ("nats",)),
-    Row("monitor", ("nats",)),
+    Row("evaluator", ("nats",), _evaluator),
+    Row("trainer", ("nats",), _trainer),
+    Row("monitor", ("nats",), _monitor),
 )
 SERVICES = tuple(row.name for row in ROWS)
 SERVERS = ("nats", "valkey", "milvus")

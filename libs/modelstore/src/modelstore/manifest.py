@@ -14,7 +14,7 @@ from typing import Any
 from chassis.errors import Code, PlatformError
 
 MANIFEST_NAME = "manifest.json"
-KINDS = ("llm", "encoder")
+KINDS = ("llm", "encoder", "adapter")
 _MAX_MANIFEST_BYTES = 1024 * 1024
 _READ_BYTES = 1024 * 1024
 _HEX = frozenset("0123456789abcdef")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&pressroom/evaluator/v1/evaluator.proto\x12\x16pressroom.evaluator.v1\"\x12\n\x10ListTasksRequest\"@\n\x11ListTasksResponse\x12+\n\x05tasks\x18\x01 \x03(\x0b\x32\x1c.pressroom.evaluator.v1.Task\"6\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07metrics\x18\x03 \x03(\t\"\"\n\x10GetResultRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"I\n\x11GetResultResponse\x12\x34\n\x07metrics\x18\x01 \x03(\x0b\x32#.pressroom.evaluator.v1.MetricValue\"Z\n\x0bMetricValue\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x10\n\x08\x63i95_low\x18\x03 \x01(\x01\x12\x11\n\tci95_high\x18\x04 \x01(\x01\x12\t\n\x01n\x18\x05 \x01(\r2\xd6\x01\n\x10\x45valuatorService\x12`\n\tListTasks\x12(.pressroom.evaluator.v1.ListTasksRequest\x1a).pressroom.evaluator.v1.ListTasksResponse\x12`\n\tGetResult\x12(.pressroom.evaluator.v1.GetResultRequest\x1a).pressroom.evaluator.v1.GetResultResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&pressroom/evaluator/v1/evaluator.proto\x12\x16pressroom.evaluator.v1\"\x12\n\x10ListTasksRequest\"@\n\x11ListTasksResponse\x12+\n\x05tasks\x18\x01 \x03(\x0b\x32\x1c.pressroom.evaluator.v1.Task\"`\n\x04Task\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0f\n\x07metrics\x18\x03 \x03(\t\x12\x13\n\x0b\x64\x65scription\x18\x04 \x01(\t\x12\x13\n\x0bnum_samples\x18\x05 \x01(\r\"\"\n\x10GetResultRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"I\n\x11GetResultResponse\x12\x34\n\x07metrics\x18\x01 \x03(\x0b\x32#.pressroom.evaluator.v1.MetricValue\"Z\n\x0bMetricValue\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x10\n\x08\x63i95_low\x18\x03 \x01(\x01\x12\x11\n\tci95_high\x18\x04 \x01(\x01\x12\t\n\x01n\x18\x05 \x01(\r2\xd6\x01\n\x10\x45valuatorService\x12`\n\tListTasks\x12(.pressroom.evaluator.v1.ListTasksRequest\x1a).pressroom.evaluator.v1.ListTasksResponse\x12`\n\tGetResult\x12(.pressroom.evaluator.v1.GetResultRequest\x1a).pressroom.evaluator.v1.GetResultResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,13 +36,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTTASKSRESPONSE']._serialized_start=86
   _globals['_LISTTASKSRESPONSE']._serialized_end=150
   _globals['_TASK']._serialized_start=152
-  _globals['_TASK']._serialized_end=206
-  _globals['_GETRESULTREQUEST']._serialized_start=208
-  _globals['_GETRESULTREQUEST']._serialized_end=242
-  _globals['_GETRESULTRESPONSE']._serialized_start=244
-  _globals['_GETRESULTRESPONSE']._serialized_end=317
-  _globals['_METRICVALUE']._serialized_start=319
-  _globals['_METRICVALUE']._serialized_end=409
-  _globals['_EVALUATORSERVICE']._serialized_start=412
-  _globals['_EVALUATORSERVICE']._serialized_end=626
+  _globals['_TASK']._serialized_end=248
+  _globals['_GETRESULTREQUEST']._serialized_start=250
+  _globals['_GETRESULTREQUEST']._serialized_end=284
+  _globals['_GETRESULTRESPONSE']._serialized_start=286
+  _globals['_GETRESULTRESPONSE']._serialized_end=359
+  _globals['_METRICVALUE']._serialized_start=361
+  _globals['_METRICVALUE']._serialized_end=451
+  _globals['_EVALUATORSERVICE']._serialized_start=454
+  _globals['_EVALUATORSERVICE']._serialized_end=668
 # @@protoc_insertion_point(module_scope)

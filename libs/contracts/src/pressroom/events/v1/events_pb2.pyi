@@ -170,32 +170,40 @@ class BatchJob(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., file_id: _Optional[str] = ..., endpoint: _Optional[str] = ...) -> None: ...
 
 class TrainJob(_message.Message):
-    __slots__ = ("job_id", "tenant", "model", "training_file_id", "suffix", "hyperparameters_json")
+    __slots__ = ("job_id", "tenant", "model", "training_file_id", "suffix", "hyperparameters_json", "training_file_sha256", "seed")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FILE_ID_FIELD_NUMBER: _ClassVar[int]
     SUFFIX_FIELD_NUMBER: _ClassVar[int]
     HYPERPARAMETERS_JSON_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FILE_SHA256_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     tenant: str
     model: str
     training_file_id: str
     suffix: str
     hyperparameters_json: str
-    def __init__(self, job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., training_file_id: _Optional[str] = ..., suffix: _Optional[str] = ..., hyperparameters_json: _Optional[str] = ...) -> None: ...
+    training_file_sha256: str
+    seed: int
+    def __init__(self, job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., training_file_id: _Optional[str] = ..., suffix: _Optional[str] = ..., hyperparameters_json: _Optional[str] = ..., training_file_sha256: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class EvaluateJob(_message.Message):
-    __slots__ = ("job_id", "tenant", "model", "task")
+    __slots__ = ("job_id", "tenant", "model", "task", "task_file_id", "task_file_sha256")
     JOB_ID_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
+    TASK_FILE_ID_FIELD_NUMBER: _ClassVar[int]
+    TASK_FILE_SHA256_FIELD_NUMBER: _ClassVar[int]
     job_id: str
     tenant: str
     model: str
     task: str
-    def __init__(self, job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., task: _Optional[str] = ...) -> None: ...
+    task_file_id: str
+    task_file_sha256: str
+    def __init__(self, job_id: _Optional[str] = ..., tenant: _Optional[str] = ..., model: _Optional[str] = ..., task: _Optional[str] = ..., task_file_id: _Optional[str] = ..., task_file_sha256: _Optional[str] = ...) -> None: ...
 
 class JobProgress(_message.Message):
     __slots__ = ("job_id", "status", "done", "total", "error", "result_json", "sequence", "at_unix_ms")

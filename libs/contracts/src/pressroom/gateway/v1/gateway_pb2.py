@@ -22,19 +22,28 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from pressroom.common.v1 import common_pb2 as pressroom_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"pressroom/gateway/v1/gateway.proto\x12\x14pressroom.gateway.v1\"\"\n\x0fReadFileRequest\x12\x0f\n\x07\x66ile_id\x18\x01 \x01(\t\" \n\x10ReadFileResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32j\n\x0b\x46ileService\x12[\n\x08ReadFile\x12%.pressroom.gateway.v1.ReadFileRequest\x1a&.pressroom.gateway.v1.ReadFileResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"pressroom/gateway/v1/gateway.proto\x12\x14pressroom.gateway.v1\x1a pressroom/common/v1/common.proto\"\"\n\x0fReadFileRequest\x12\x0f\n\x07\x66ile_id\x18\x01 \x01(\t\" \n\x10ReadFileResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xea\x01\n\rAnswerRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12,\n\x08messages\x18\x02 \x03(\x0b\x32\x1a.pressroom.gateway.v1.Turn\x12\x17\n\nmax_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x02H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x02\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x0e\n\x06job_id\x18\x08 \x01(\tB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x07\n\x05_seed\"%\n\x04Turn\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x9b\x01\n\x0e\x41nswerResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.pressroom.common.v1.Usage\x12\x15\n\x08grounded\x18\x04 \x01(\x08H\x00\x88\x01\x01\x12\x15\n\rmodel_version\x18\x05 \x01(\tB\x0b\n\t_grounded2j\n\x0b\x46ileService\x12[\n\x08ReadFile\x12%.pressroom.gateway.v1.ReadFileRequest\x1a&.pressroom.gateway.v1.ReadFileResponse0\x01\x32\x63\n\x0cGraphService\x12S\n\x06\x41nswer\x12#.pressroom.gateway.v1.AnswerRequest\x1a$.pressroom.gateway.v1.AnswerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pressroom.gateway.v1.gateway_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_READFILEREQUEST']._serialized_start=60
-  _globals['_READFILEREQUEST']._serialized_end=94
-  _globals['_READFILERESPONSE']._serialized_start=96
-  _globals['_READFILERESPONSE']._serialized_end=128
-  _globals['_FILESERVICE']._serialized_start=130
-  _globals['_FILESERVICE']._serialized_end=236
+  _globals['_READFILEREQUEST']._serialized_start=94
+  _globals['_READFILEREQUEST']._serialized_end=128
+  _globals['_READFILERESPONSE']._serialized_start=130
+  _globals['_READFILERESPONSE']._serialized_end=162
+  _globals['_ANSWERREQUEST']._serialized_start=165
+  _globals['_ANSWERREQUEST']._serialized_end=399
+  _globals['_TURN']._serialized_start=401
+  _globals['_TURN']._serialized_end=438
+  _globals['_ANSWERRESPONSE']._serialized_start=441
+  _globals['_ANSWERRESPONSE']._serialized_end=596
+  _globals['_FILESERVICE']._serialized_start=598
+  _globals['_FILESERVICE']._serialized_end=704
+  _globals['_GRAPHSERVICE']._serialized_start=706
+  _globals['_GRAPHSERVICE']._serialized_end=805
 # @@protoc_insertion_point(module_scope)

@@ -99,3 +99,80 @@ class FileService:
             timeout,
             metadata,
             _registered_method=True)
+
+
+class GraphServiceStub:
+    """The served graphs, for jobs that ask them as a client would.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Answer = channel.unary_unary(
+                '/pressroom.gateway.v1.GraphService/Answer',
+                request_serializer=pressroom_dot_gateway_dot_v1_dot_gateway__pb2.AnswerRequest.SerializeToString,
+                response_deserializer=pressroom_dot_gateway_dot_v1_dot_gateway__pb2.AnswerResponse.FromString,
+                _registered_method=True)
+
+
+class GraphServiceServicer:
+    """The served graphs, for jobs that ask them as a client would.
+    """
+
+    def Answer(self, request, context):
+        """Answers one chat through the graph of a model, for the tenant in the metadata; what it used is accounted to that
+        tenant. NOT_FOUND: no such model for the tenant. Other codes as the graph's services answer them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_GraphServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Answer': grpc.unary_unary_rpc_method_handler(
+                    servicer.Answer,
+                    request_deserializer=pressroom_dot_gateway_dot_v1_dot_gateway__pb2.AnswerRequest.FromString,
+                    response_serializer=pressroom_dot_gateway_dot_v1_dot_gateway__pb2.AnswerResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'pressroom.gateway.v1.GraphService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('pressroom.gateway.v1.GraphService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class GraphService:
+    """The served graphs, for jobs that ask them as a client would.
+    """
+
+    @staticmethod
+    def Answer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pressroom.gateway.v1.GraphService/Answer',
+            pressroom_dot_gateway_dot_v1_dot_gateway__pb2.AnswerRequest.SerializeToString,
+            pressroom_dot_gateway_dot_v1_dot_gateway__pb2.AnswerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"pressroom/monitor/v1/monitor.proto\x12\x14pressroom.monitor.v1\"2\n\x12GetProfilesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\"F\n\x13GetProfilesResponse\x12/\n\x08profiles\x18\x01 \x03(\x0b\x32\x1d.pressroom.monitor.v1.Profile\"u\n\x07Profile\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1b\n\x13window_start_unix_s\x18\x02 \x01(\x03\x12\x10\n\x08window_s\x18\x03 \x01(\r\x12\x13\n\x0bnum_records\x18\x04 \x01(\r\x12\x17\n\x0fstatistics_json\x18\x05 \x01(\t2t\n\x0eMonitorService\x12\x62\n\x0bGetProfiles\x12(.pressroom.monitor.v1.GetProfilesRequest\x1a).pressroom.monitor.v1.GetProfilesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"pressroom/monitor/v1/monitor.proto\x12\x14pressroom.monitor.v1\"2\n\x12GetProfilesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\r\"\x94\x01\n\x13GetProfilesResponse\x12/\n\x08profiles\x18\x01 \x03(\x0b\x32\x1d.pressroom.monitor.v1.Profile\x12\x13\n\x0bsample_rate\x18\x02 \x01(\x01\x12\x13\n\x0bnum_waiting\x18\x03 \x01(\r\x12\r\n\x05lag_s\x18\x04 \x01(\x01\x12\x13\n\x0bnum_dropped\x18\x05 \x01(\x04\"u\n\x07Profile\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1b\n\x13window_start_unix_s\x18\x02 \x01(\x03\x12\x10\n\x08window_s\x18\x03 \x01(\r\x12\x13\n\x0bnum_records\x18\x04 \x01(\r\x12\x17\n\x0fstatistics_json\x18\x05 \x01(\t2t\n\x0eMonitorService\x12\x62\n\x0bGetProfiles\x12(.pressroom.monitor.v1.GetProfilesRequest\x1a).pressroom.monitor.v1.GetProfilesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETPROFILESREQUEST']._serialized_start=60
   _globals['_GETPROFILESREQUEST']._serialized_end=110
-  _globals['_GETPROFILESRESPONSE']._serialized_start=112
-  _globals['_GETPROFILESRESPONSE']._serialized_end=182
-  _globals['_PROFILE']._serialized_start=184
-  _globals['_PROFILE']._serialized_end=301
-  _globals['_MONITORSERVICE']._serialized_start=303
-  _globals['_MONITORSERVICE']._serialized_end=419
+  _globals['_GETPROFILESRESPONSE']._serialized_start=113
+  _globals['_GETPROFILESRESPONSE']._serialized_end=261
+  _globals['_PROFILE']._serialized_start=263
+  _globals['_PROFILE']._serialized_end=380
+  _globals['_MONITORSERVICE']._serialized_start=382
+  _globals['_MONITORSERVICE']._serialized_end=498
 # @@protoc_insertion_point(module_scope)

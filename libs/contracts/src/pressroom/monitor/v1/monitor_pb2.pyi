@@ -15,10 +15,18 @@ class GetProfilesRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
 
 class GetProfilesResponse(_message.Message):
-    __slots__ = ("profiles",)
+    __slots__ = ("profiles", "sample_rate", "num_waiting", "lag_s", "num_dropped")
     PROFILES_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_RATE_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
+    LAG_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_DROPPED_FIELD_NUMBER: _ClassVar[int]
     profiles: _containers.RepeatedCompositeFieldContainer[Profile]
-    def __init__(self, profiles: _Optional[_Iterable[_Union[Profile, _Mapping]]] = ...) -> None: ...
+    sample_rate: float
+    num_waiting: int
+    lag_s: float
+    num_dropped: int
+    def __init__(self, profiles: _Optional[_Iterable[_Union[Profile, _Mapping]]] = ..., sample_rate: _Optional[float] = ..., num_waiting: _Optional[int] = ..., lag_s: _Optional[float] = ..., num_dropped: _Optional[int] = ...) -> None: ...
 
 class Profile(_message.Message):
     __slots__ = ("model", "window_start_unix_s", "window_s", "num_records", "statistics_json")

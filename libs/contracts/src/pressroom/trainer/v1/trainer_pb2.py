@@ -22,25 +22,28 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from pressroom.common.v1 import common_pb2 as pressroom_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"pressroom/trainer/v1/trainer.proto\x12\x14pressroom.trainer.v1\"\x1f\n\rGetRunRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"C\n\x0eGetRunResponse\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x13\n\x0btotal_steps\x18\x02 \x01(\r\x12\x0e\n\x06losses\x18\x03 \x03(\x02\"(\n\x18ListModelVersionsRequest\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\t\"Q\n\x19ListModelVersionsResponse\x12\x34\n\x08versions\x18\x01 \x03(\x0b\x32\".pressroom.trainer.v1.ModelVersion\"^\n\x0cModelVersion\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\x04 \x01(\t\x12\r\n\x05stage\x18\x05 \x01(\t2\xdb\x01\n\x0eTrainerService\x12S\n\x06GetRun\x12#.pressroom.trainer.v1.GetRunRequest\x1a$.pressroom.trainer.v1.GetRunResponse\x12t\n\x11ListModelVersions\x12..pressroom.trainer.v1.ListModelVersionsRequest\x1a/.pressroom.trainer.v1.ListModelVersionsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"pressroom/trainer/v1/trainer.proto\x12\x14pressroom.trainer.v1\x1a pressroom/common/v1/common.proto\"\x1f\n\rGetRunRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"\xd3\x01\n\x0eGetRunResponse\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\x13\n\x0btotal_steps\x18\x02 \x01(\r\x12\x0e\n\x06losses\x18\x03 \x03(\x02\x12.\n\x06status\x18\x04 \x01(\x0e\x32\x1e.pressroom.common.v1.JobStatus\x12\x16\n\x0etrained_tokens\x18\x05 \x01(\x04\x12.\n\x06\x65vents\x18\x06 \x03(\x0b\x32\x1e.pressroom.trainer.v1.RunEvent\x12\x16\n\x0etracker_run_id\x18\x07 \x01(\t\"k\n\x08RunEvent\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\nat_unix_ms\x18\x02 \x01(\x03\x12\r\n\x05level\x18\x03 \x01(\t\x12\x0c\n\x04type\x18\x04 \x01(\t\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x11\n\tdata_json\x18\x06 \x01(\t\"(\n\x18ListModelVersionsRequest\x12\x0c\n\x04\x62\x61se\x18\x01 \x01(\t\"Q\n\x19ListModelVersionsResponse\x12\x34\n\x08versions\x18\x01 \x03(\x0b\x32\".pressroom.trainer.v1.ModelVersion\"^\n\x0cModelVersion\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\x04 \x01(\t\x12\r\n\x05stage\x18\x05 \x01(\t2\xdb\x01\n\x0eTrainerService\x12S\n\x06GetRun\x12#.pressroom.trainer.v1.GetRunRequest\x1a$.pressroom.trainer.v1.GetRunResponse\x12t\n\x11ListModelVersions\x12..pressroom.trainer.v1.ListModelVersionsRequest\x1a/.pressroom.trainer.v1.ListModelVersionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pressroom.trainer.v1.trainer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETRUNREQUEST']._serialized_start=60
-  _globals['_GETRUNREQUEST']._serialized_end=91
-  _globals['_GETRUNRESPONSE']._serialized_start=93
-  _globals['_GETRUNRESPONSE']._serialized_end=160
-  _globals['_LISTMODELVERSIONSREQUEST']._serialized_start=162
-  _globals['_LISTMODELVERSIONSREQUEST']._serialized_end=202
-  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_start=204
-  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_end=285
-  _globals['_MODELVERSION']._serialized_start=287
-  _globals['_MODELVERSION']._serialized_end=381
-  _globals['_TRAINERSERVICE']._serialized_start=384
-  _globals['_TRAINERSERVICE']._serialized_end=603
+  _globals['_GETRUNREQUEST']._serialized_start=94
+  _globals['_GETRUNREQUEST']._serialized_end=125
+  _globals['_GETRUNRESPONSE']._serialized_start=128
+  _globals['_GETRUNRESPONSE']._serialized_end=339
+  _globals['_RUNEVENT']._serialized_start=341
+  _globals['_RUNEVENT']._serialized_end=448
+  _globals['_LISTMODELVERSIONSREQUEST']._serialized_start=450
+  _globals['_LISTMODELVERSIONSREQUEST']._serialized_end=490
+  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_start=492
+  _globals['_LISTMODELVERSIONSRESPONSE']._serialized_end=573
+  _globals['_MODELVERSION']._serialized_start=575
+  _globals['_MODELVERSION']._serialized_end=669
+  _globals['_TRAINERSERVICE']._serialized_start=672
+  _globals['_TRAINERSERVICE']._serialized_end=891
 # @@protoc_insertion_point(module_scope)
