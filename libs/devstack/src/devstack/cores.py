@@ -37,7 +37,7 @@ class _Reading:
     busy_ticks: int
 
 
-def measure(groups: Collection[int], interval_s: float = 0.5) -> Cores:
+def measure(groups: Collection[int], interval_s: float = 0.3) -> Cores:
     """Watches process groups for a moment; blocks for `interval_s`. A process that came or went counts in part."""
     first = _read(groups)
     time.sleep(interval_s)
