@@ -43,7 +43,6 @@ class TextProfiler:
     """Adds texts to profiles. Made by `load`, which blocks for seconds."""
 
     def __init__(self, encoder: OnnxTextEncoder, attacks: Mapping[str, Any]) -> None:
-        _make_ready()
         self._whylogs = importlib.import_module("whylogs.core")
         for name in _LANGKIT_MODULES:
             importlib.import_module(f"langkit.{name}")
@@ -65,6 +64,7 @@ class TextProfiler:
     def load(cls, encoder_dir: Path, attacks: Path = ATTACKS) -> "TextProfiler":
         """Loads the libraries, the encoder and the known attacks. Raises PlatformError where one is not as it should
         be."""
+        _make_ready()
         return cls(OnnxTextEncoder.load(encoder_dir), json.loads(attacks.read_text(encoding="utf-8")))
 
     def add(self, binary: bytes | None, texts: Sequence[tuple[str, str]]) -> Added:
@@ -98,9 +98,9 @@ class TextProfiler:
 
 
 def _make_ready() -> None:
-    """What whylogs needs before it is imported, here and nowhere else: it sends statistics of its use at import unless
-    told not to, and names np.unicode_, which numpy 2 no longer has."""
-    os.environ |= {"WHYLOGS_NO_ANALYTICS": "1"}
+    """What the libraries need before they are imported, here and nowhere else: whylogs and onnxruntime (since 1.29)
+    send statistics of their use unless told not to, and whylogs names np.unicode_, which numpy 2 no longer has."""
+    os.environ |= {"WHYLOGS_NO_ANALYTICS": "1", "ORT_DISABLE_TELEMETRY": "1"}
     if not hasattr(np, "unicode_"):
         setattr(np, "unicode_", np.str_)  # noqa: B010  mypy knows numpy 2
 
@@ -123,15 +123,17 @@ def _profile_schema() -> Any:
     numbers = [resolvers.MetricSpec(metric.value) for metric in (standard.counts, standard.distribution)]
     patterns = [resolvers.MetricSpec(metric.value) for metric in (standard.counts, standard.frequent_items)]
     specs = [resolvers.ResolverSpec(column_name=name, metrics=patterns) for name in _PATTERN_COLUMNS]
-    specs += [
-        resolvers.ResolverSpec(column_type=kind, metrics=numbers) for kind in (datatypes.Integral, datatypes.Fractional)
-    ]
+    # AnyType: of a column whose first value of a batch is missing.
+    kinds = (datatypes.Integral, datatypes.Fractional, datatypes.AnyType)
+    specs += [resolvers.ResolverSpec(column_type=kind, metrics=numbers) for kind in kinds]
     return importlib.import_module("whylogs.core.schema").DeclarativeSchema(specs)
 
 
 def _summary(view: Any) -> dict[str, dict[str, Any]]:
     """Statistics by column, ready for JSON."""
-    return {name: _column_summary(name, column) for name, column in sorted(view.get_columns().items())}
+    summaries = ((name, _column_summary(name, column)) for name, column in sorted(view.get_columns().items()))
+    # Columns that are named in the schema stand in a profile that has no value of theirs.
+    return {name: summary for name, summary in summaries if summary["count"] or summary["num_missing"]}
 
 
 def _column_summary(name: str, column: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 from tokenizers import Tokenizer
 
 from chassis.errors import Code, PlatformError
@@ -36,6 +35,8 @@ class OnnxTextEncoder:
     @classmethod
     def load(cls, model_dir: Path) -> "OnnxTextEncoder":
         """Verifies and loads a model. Raises PlatformError: NOT_FOUND for none, DATA_LOSS for a damaged one."""
+        import onnxruntime  # here, for it is told at its import whether it may send statistics of its use
+
         manifest = Manifest.load(model_dir)
         if manifest.kind != "encoder":
             raise PlatformError(Code.FAILED_PRECONDITION, f"model {manifest.id} in {model_dir} is no encoder")
