@@ -20,7 +20,10 @@ from evaluator.core.results import Scored, ScoringOrder, TextBits
 from evaluator.core.scoring import score
 
 ZELDA_TARGET = "The game 'The Legend of Zelda' follows the adventures of the hero Link in the magical world of Hyrule."
-ZELDA_PREDICTION = "Link embarks on epic quests and battles evil forces to save Princess Zelda and restore peace in the land of Hyrule."
+ZELDA_PREDICTION = (
+    "Link embarks on epic quests and battles evil forces to save Princess Zelda and restore peace "
+    "in the land of Hyrule."
+)
 PAIRS = [
     (ZELDA_PREDICTION, ZELDA_TARGET),
     ("cat hat", "the cat in the hat"),

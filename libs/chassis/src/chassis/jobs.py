@@ -135,9 +135,13 @@ class Reporter:
         self._total = 0
 
     async def running(self, done: int = 0, total: int = 0, *, result_json: str = "") -> None:
-        """Tells of progress: not more often than twice a second, and a report that is lost is no harm."""
+        """Tells of progress: not more often than twice a second, and a report that is lost is no harm.
+
+        The first report that knows the total is told in any case: the next may be minutes away.
+        """
+        is_news = total > 0 and self._total == 0
         self._done, self._total = done, total
-        if self._clock() < self._next_at:
+        if self._clock() < self._next_at and not is_news:
             return
         self._next_at = self._clock() + _LEAST_PAUSE_S
         try:
