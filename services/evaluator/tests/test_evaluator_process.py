@@ -153,22 +153,22 @@ async def test_kill9_in_the_middle_asks_nothing_twice_and_ends_with_the_same_res
 
 async def test_a_gateway_that_is_away_longer_than_one_attempt_waits_fails_no_job(system: System) -> None:
     system.gateway.is_away = True
-    await system.submit("job_1")
+    await system.submit("job_away")
     # One attempt waits for a second and is delivered again; its reports tell attempts apart.
     await eventually(lambda: any(r.sequence > 2_000_000 for r in system.reports), timeout_s=30)
     system.gateway.is_away = False
-    assert (await system.ended("job_1")).status == SUCCEEDED
+    assert (await system.ended("job_away")).status == SUCCEEDED
 
 
 async def test_a_cancelled_job_stops_in_the_middle_of_a_question_and_a_bad_file_fails(system: System) -> None:
     system.gateway.pause_s = 60.0
-    await system.submit("job_1")
-    await eventually(lambda: any(r.job_id == "job_1" and r.total for r in system.reports), timeout_s=30)
+    await system.submit("job_cancelled")
+    await eventually(lambda: any(r.job_id == "job_cancelled" and r.total for r in system.reports), timeout_s=30)
     await asyncio.sleep(0.3)
-    await system.bus.broadcast(CONTROL_REQUEST_CANCEL, events_pb2.RequestCancel(id="job_1").SerializeToString())
-    assert (await system.ended("job_1", timeout_s=10)).status == common_pb2.JOB_STATUS_CANCELLED
+    await system.bus.broadcast(CONTROL_REQUEST_CANCEL, events_pb2.RequestCancel(id="job_cancelled").SerializeToString())
+    assert (await system.ended("job_cancelled", timeout_s=10)).status == common_pb2.JOB_STATUS_CANCELLED
     await eventually(lambda: system.gateway.num_cut_off == 1)
-    await system.submit("job_2", file_id="file_2")
-    assert "task file: line" in (await system.ended("job_2")).error
-    await system.submit("job_3", file_id="", task="nope")
-    assert "there are pressroom-basics@1" in (await system.ended("job_3")).error
+    await system.submit("job_bad", file_id="file_2")
+    assert "task file: line" in (await system.ended("job_bad")).error
+    await system.submit("job_nope", file_id="", task="nope")
+    assert "there are pressroom-basics@1" in (await system.ended("job_nope")).error

@@ -237,6 +237,13 @@ async def test_a_job_is_cancelled_in_the_middle_and_leaves_nothing(stage: Stage,
     assert list((stage.folder / "results").iterdir()) == []
 
 
+async def test_a_job_whose_call_to_stop_was_missed_learns_it_from_the_gateway(stage: Stage) -> None:
+    cancelled = PlatformError(Code.FAILED_PRECONDITION, "the job was cancelled", reason="job_cancelled")
+    stage.graph.before = lambda question: _raise(cancelled) if question == "Peru?" else None
+    await stage.deliver()
+    assert stage.end().status == CANCELLED and stage.kept() == []
+
+
 # What is refused.
 
 
@@ -293,6 +300,17 @@ async def test_a_model_that_changes_under_the_job_fails_it(stage: Stage) -> None
     stage.graph.before = changes
     await stage.deliver()
     assert stage.end().status == FAILED and "changed during the evaluation" in stage.end().error
+
+
+async def test_an_answer_for_which_no_model_was_asked_is_of_no_other_version(stage: Stage) -> None:
+    """As a retrieval graph answers when it found nothing."""
+
+    def changes(question: str) -> None:
+        stage.graph.version = "" if question in ("France?", "Peru?") else "v1"
+
+    stage.graph.before = changes
+    await stage.deliver()
+    assert stage.result()["f1"]["n"] == 4
 
 
 # Bits per byte.

@@ -87,7 +87,12 @@ class EvaluateWorker:
             task_file_id=job.task_file_id,
             task_file_sha256=job.task_file_sha256,
         )
-        return await self._cancellations.run(job.job_id, self._evaluator.run(order, watcher))
+        try:
+            return await self._cancellations.run(job.job_id, self._evaluator.run(order, watcher))
+        except PlatformError as error:
+            if error.reason == "job_cancelled":  # the gateway knows, and the call to stop was missed
+                raise JobCancelled from error
+            raise
 
 
 def _parsed(payload: bytes) -> events_pb2.EvaluateJob:

@@ -17,7 +17,7 @@ from evaluator.core.tasks import Task
 log = logging.getLogger(__name__)
 
 SHIPPED = Path(__file__).resolve().parent.parent / "tasks"
-_LABEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(@[A-Za-z0-9._-]{1,32})?")
+_LABEL = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}(@[a-z0-9._-]{1,32})?")
 _MAX_FILES = 200
 
 

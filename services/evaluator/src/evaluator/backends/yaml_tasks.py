@@ -60,7 +60,7 @@ class _Generation(_Strict):
 
 class _TaskFile(_Strict):
     name: str = Field(pattern=NAME_PATTERN)
-    version: str = Field(pattern=r"^[A-Za-z0-9._-]{1,32}$")
+    version: str = Field(pattern=r"^[a-z0-9._-]{1,32}$")
     description: str = Field("", max_length=2000)
     metrics: list[str] = Field(min_length=1, max_length=16)
     system: _Text | None = None

@@ -230,9 +230,9 @@ def _seed(label: str) -> int:
 
 
 def _check_version(kept: Mapping[int, Answer] | Mapping[int, TextBits], version: str) -> None:
-    """All that was kept is of one version, so the first entry tells it."""
-    first = next((entry.model_version for entry in kept.values()), version)
-    if first != version:
+    """Fails where a version differs from those before; "" stands where no model had to be asked."""
+    first = next((entry.model_version for entry in kept.values() if entry.model_version), version)
+    if version and first != version:
         message = f"the model changed during the evaluation, from version {first!r} to {version!r}"
         raise PlatformError(Code.FAILED_PRECONDITION, message, param="model")
 
