@@ -14,6 +14,9 @@ class GeneratorSettings(ServiceSettings):
     model_config = settings_config("GENERATOR_")
 
     model_dir: Path = Field(description="Folder of the model in the model store, with its manifest.json.")
+    store_dir: Path | None = Field(None, description="Model store that adapters lie in; without it none can be loaded.")
+    max_adapters: int = Field(32, ge=0, le=1024, description="Most adapters that are loaded at once.")
+    adapter_memory_mb: int = Field(512, ge=1, le=65536, description="Memory for their weights, in MiB.")
     instance: str = Field(
         "0", pattern=r"^[A-Za-z0-9_-]{1,32}$", description="Name of this replica, kept across restarts."
     )

@@ -13,7 +13,10 @@ SERVICE = "generator"
 
 
 def settle(summary: Summary, model_id: str) -> None:
-    """Accounts for an ended request. Runs in the request's context, so ids and the parent span are its own."""
+    """Accounts for an ended request of a base or an adapter.
+
+    Runs in the request's context, so ids and the parent span are its own.
+    """
     _count(summary, model_id)
     _trace(summary)
     log.info(
@@ -58,3 +61,8 @@ def _draw(name: str, start_s: float, end_s: float, attributes: dict[str, float])
         name, kind=trace.SpanKind.INTERNAL, start_time=int(start_s * 1e9), attributes=attributes
     )
     span.end(int(end_s * 1e9))
+
+
+def count_adapter_load(outcome: str) -> None:
+    """Counts a load of an adapter: "loaded", "present" or "failed"."""
+    metrics.ADAPTER_LOADS.labels(SERVICE, outcome).inc()

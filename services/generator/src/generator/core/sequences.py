@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from generator.core.adapters import AdapterWeights
 from generator.core.requests import GenerationRequest, SamplingParams
 
 
@@ -28,6 +29,7 @@ class Sequence:
     seed: int
     max_new_tokens: int
     suppressed_ids: tuple[int, ...] = ()  # may not be sampled before min_tokens
+    adapter: AdapterWeights | None = field(default=None, repr=False)  # None is the base; never changes
     token_ids: list[int] = field(default_factory=list, repr=False)
     num_prompt: int = 0
     num_computed: int = 0
