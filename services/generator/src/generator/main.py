@@ -65,6 +65,7 @@ def main() -> int:
             max_waiting=settings.max_waiting,
             max_step_tokens=settings.max_step_tokens,
             max_mixed_prefill_tokens=settings.max_mixed_prefill_tokens,
+            max_background_tokens=settings.max_background_tokens,
         )
         adapter_limits = AdapterLimits(settings.max_adapters, settings.adapter_memory_mb * 1024 * 1024)
         blocks = BlockManager(runner.num_blocks, runner.block_size)
