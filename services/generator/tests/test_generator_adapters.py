@@ -16,6 +16,7 @@ from engine_suite import ask
 from pressroom.events.v1 import events_pb2
 from pressroom.generator.v1 import generator_pb2 as pb
 from pressroom.generator.v1 import generator_pb2_grpc
+from prometheus_client import REGISTRY
 
 from chassis import rpc
 from chassis.bus import Received
@@ -143,6 +144,11 @@ async def _generate(stub: Stub, model: str, adapter: str = "") -> tuple[str, str
     return messages[0].started.model_version, "".join(message.delta.text for message in messages)
 
 
+def _num_counted(model: str) -> float | None:
+    labels = {"service": "generator", "model": model, "kind": "completion"}
+    return REGISTRY.get_sample_value("pressroom_tokens_total", labels)
+
+
 async def test_an_adapter_is_loaded_listed_asked_and_unloaded(stub: Stub, store: Path, loads: Counter[str]) -> None:
     base = await _generate(stub, "toy")
     order = _publish(store, "ftjob-1", created=77)
@@ -158,7 +164,9 @@ async def test_an_adapter_is_loaded_listed_asked_and_unloaded(stub: Stub, store:
     assert await _generate(stub, "toy") == base
 
     assert await _load(stub, order) == loaded and loads == Counter(loaded=1, present=1)
+    assert _num_counted(ID) == 3 * 20  # tokens
     await _unload(stub, ID)
+    assert _num_counted(ID) is None
     for call in (_generate(stub, "toy", ID), _generate(stub, ID), _unload(stub, ID)):
         with pytest.raises(PlatformError) as raised:
             await call

@@ -1,5 +1,6 @@
 """What is told of a request when it has ended, in whatever way: one log line, the metrics, and the engine's spans."""
 
+import contextlib
 import logging
 
 from opentelemetry import trace
@@ -66,3 +67,15 @@ def _draw(name: str, start_s: float, end_s: float, attributes: dict[str, float])
 def count_adapter_load(outcome: str) -> None:
     """Counts a load of an adapter: "loaded", "present" or "failed"."""
     metrics.ADAPTER_LOADS.labels(SERVICE, outcome).inc()
+
+
+def forget(adapter_id: str) -> None:
+    """Drops the metrics of an adapter that is gone, so that labels stay as few as what is loaded."""
+    for metric, kinds in (
+        (metrics.TOKENS, ("prompt", "completion", "cached")),
+        (metrics.TTFT_SECONDS, None),
+        (metrics.TPOT_SECONDS, None),
+    ):
+        for labels in [(kind,) for kind in kinds] if kinds else [()]:
+            with contextlib.suppress(KeyError):  # it was never asked anything
+                metric.remove(SERVICE, adapter_id, *labels)

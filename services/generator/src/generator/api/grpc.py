@@ -80,6 +80,7 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, rpc: RpcContext) -> pb.UnloadAdapterResponse:
         self._check_lora()
         await self._library.unload(request.adapter)
+        accounting.forget(request.adapter)
         return pb.UnloadAdapterResponse()
 
     def _check_lora(self) -> None:
