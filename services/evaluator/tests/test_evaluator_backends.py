@@ -4,7 +4,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc.aio
@@ -88,9 +88,8 @@ async def served(tmp_path: Path) -> AsyncIterator[tuple[grpc.aio.Channel, Graphs
     evaluator_pb2_grpc.add_EvaluatorServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    with context.use(context.RequestContext("req_1", "acme")):
-        async with rpc.connect(f"127.0.0.1:{port}") as channel:
-            yield channel, graphs, generators, results
+    async with rpc.connect(f"127.0.0.1:{port}") as channel:
+        yield channel, graphs, generators, results
     await server.stop(0)
 
 
@@ -98,8 +97,9 @@ ASKED = (Turn("system", "Be brief."), Turn("user", "Well?"))
 
 
 @pytest.fixture(autouse=True)
-def _acme() -> None:
-    context.enter(context.RequestContext("req_1", "acme"))
+def _acme() -> Iterator[None]:
+    with context.use(context.RequestContext("req_1", "acme")):
+        yield
 
 
 async def test_a_graph_is_asked_behind_all_others_and_for_the_jobs_tenant(served) -> None:
