@@ -4,6 +4,7 @@ import pytest
 from openai import NotFoundError
 
 from gateway.core.services import Source
+from testkit import eventually
 
 BASE = "smollm2-135m-instruct"
 TUNED = f"{BASE}:press"
@@ -40,9 +41,13 @@ async def test_tuned_model_answers_and_is_accounted_under_its_own_name(client, w
     ]
     # What its makers recommend for the base holds for what was tuned from it.
     assert world.generator.calls[0].sampling.temperature == world.generator.calls[3].sampling.temperature == 0.2
-    await world.recorder.close()
+    await eventually(lambda: _has_rows(world, 4))
     rows = [(model, prompt, completion) for _, _, model, _, prompt, completion, *_ in await world.usage()]
     assert rows == [(TUNED, 3, 3)] * 3 + [(BASE, 3, 3)]
+
+
+async def _has_rows(world, count):
+    return len(await world.usage()) == count
 
 
 async def test_several_prompts_reach_the_adapter(client, world, tuned):
