@@ -113,6 +113,8 @@ async def measure(address: str, child: subprocess.Popen, pairs: int, num_tokens:
     print(f"TTFT alone {ttft * 1e3:.0f} ms, beside {ttft_beside * 1e3:.0f} ms")
     print(f"TPOT alone {tpot * 1e3:.1f} ms, beside {tpot_beside * 1e3:.1f} ms: ratio {ratio:.2f}")
     print(f"training: {num_steps / beside_s:.2f} steps/s beside the chat, {idle_rate:.2f} without it")
+    if not idle_rate:
+        print("the child made no step even without the chat: others hold the cores, and this ratio proves nothing")
 
 
 def main() -> int:
