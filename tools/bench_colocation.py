@@ -123,7 +123,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of chat and training each")
     parser.add_argument("--wait-policy", default="PASSIVE", help="OMP_WAIT_POLICY of the generator; none: unset")
-    parser.add_argument("--store", type=Path, default=ROOT / ".pressroom" / "models")
+    home = Path(os.environ.get("PRESSROOM_HOME", ROOT / ".pressroom"))
+    parser.add_argument("--store", type=Path, default=home / "models")
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
