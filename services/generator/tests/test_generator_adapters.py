@@ -283,6 +283,13 @@ async def test_an_adapter_for_another_base_is_refused_with_both_names(
     assert all(name in raised.value.message for name in ("'toy'", BASE_VERSION, *fields.values()))
 
 
+@pytest.mark.parametrize("adapter_id", ["toy", "toy:", "other:mine", "toy:a b", "toy:a:b", "toy:" + "x" * 200])
+async def test_an_id_that_is_none_of_the_bases_is_refused(stub: Stub, store: Path, adapter_id: str) -> None:
+    with pytest.raises(PlatformError) as raised:
+        await _load(stub, _publish(store, "ftjob-1", adapter_id, base="toy"))
+    assert (raised.value.code, raised.value.param) == (Code.INVALID_ARGUMENT, "adapter")
+
+
 async def test_files_that_are_not_what_the_manifest_says_are_refused(stub: Stub, store: Path) -> None:
     def spoil_byte(folder: Path) -> None:
         (folder / "adapter_model.safetensors").write_bytes(b"Weights")
