@@ -94,8 +94,7 @@ class DirectoryRuns:
         run = folder.load()
         if run is None or run.order != order:
             run = Run(order, created_unix_ms=int(time.time() * 1000))
-        run.status, run.error = RunStatus.RUNNING, ""
-        folder.save(run)
+            folder.save(run)
         return run, folder
 
     def find(self, job_id: str) -> tuple[Run, DirectoryRun] | None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from chassis.errors import Code, PlatformError
 
 MAX_EPOCHS = 50
-MAX_BATCH_SIZE = 64
-MAX_MULTIPLIER = 10.0
+MAX_BATCH_SIZE = 256  # cut into pieces, so it costs no memory
+MAX_MULTIPLIER = 100.0
 MAX_STEPS = 10_000
 
 _AUTO_BATCH_SIZE = 4

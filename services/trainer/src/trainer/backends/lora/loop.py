@@ -3,6 +3,7 @@
 B: examples of a micro-batch, T: its longest, H: hidden size, V: vocabulary, N: learned tokens of a micro-batch.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from chassis.errors import Code, PlatformError
 from trainer.backends.chat_tokens import TokenSequence
 from trainer.backends.lora.checkpoint import read_checkpoint, restore, write_checkpoint
 from trainer.backends.lora.model import LoraModel
@@ -81,6 +83,9 @@ def _optimize(
     for piece in micro_batches(batch):
         # Divided by the whole batch's tokens, so that cutting a batch up changes nothing but rounding.
         total += _backward(model, piece, 1.0 / num_learned)
+    if not math.isfinite(total):
+        message = "the loss is no longer a number: lower hyperparameters.learning_rate_multiplier"
+        raise PlatformError(Code.FAILED_PRECONDITION, message, param="hyperparameters.learning_rate_multiplier")
     torch.nn.utils.clip_grad_norm_(model.weights.values(), _MAX_GRADIENT_NORM)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
