@@ -35,7 +35,8 @@ def test_only_answers_are_learned_and_the_token_that_ends_each_of_them(folder: P
     learned = [token for token, is_learned in zip(found.ids, found.is_learned, strict=True) if is_learned]
     assert text_of(folder, learned) == "Hello<|im_end|>Ciao<|im_end|>"
     assert text_of(folder, found.ids) == (
-        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello<|im_end|>\n"
         "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nCiao<|im_end|>\n"
     )
 
