@@ -74,6 +74,7 @@ class TestSmolLM2Engine(EngineSuite):
     """The contract on the real model."""
 
     NUM_CANCELS = 5
+    NUM_LONG = 48
 
     @pytest.fixture
     def make_adapter(self, folder: Path) -> MakeAdapter:

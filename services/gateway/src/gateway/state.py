@@ -23,6 +23,7 @@ from gateway.api.http_documents import documents_router
 from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
 from gateway.api.http_later import later_router
+from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
 from gateway.api.middleware_account import Recorder
 from gateway.api.openai_files import files_router
@@ -159,7 +160,8 @@ async def open_state(
             jobs_router(jobs, control),
             search_router(index),
             admin_router(keys, ledger),
-            later_router(MonitorProfiles(peers.monitor)),
+            monitor_router(MonitorProfiles(peers.monitor), finetunes),
+            later_router(),
         ),
         servicers=(
             (
