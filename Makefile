@@ -1,8 +1,8 @@
 # The commands of Pressroom. Everything they need is set up by themselves.
 PYTHON ?= python3
 VENV := .venv/bin
-SRC := $(wildcard libs/*/src services/*/src)
-CHECKED := libs services tests tools
+SRC := $(wildcard libs/*/src services/*/src) loadtest
+CHECKED := libs services loadtest tests tools
 
 export HF_HUB_OFFLINE := 1
 

@@ -1,0 +1,311 @@
+"""Locust's side of the load test: users, arrivals, steps, and where the figures go.
+
+    locust -f loadtest/locustfile.py                        # Locust's page; /report there shows our report
+    locust -f loadtest/locustfile.py --headless -u 4 -t 30s
+
+`python -m loadtest` fills in the rest. It runs in one Locust process: arrivals are one schedule, and the rows one file.
+"""
+
+import logging
+import random
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gevent
+import gevent.pool
+from locust import LoadTestShape, User, events, task
+from locust.runners import LocalRunner
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Locust puts this file's own folder there
+
+from loadtest import http_stream, options, prompts, report, target
+from loadtest.arrivals import Arrival, TraceError
+from loadtest.options import CHAT, GROUNDED, OptionError, Plan
+from loadtest.player import Player
+from loadtest.recording import Recorded, Recording
+from loadtest.rows import OVERFLOW, Row
+
+log = logging.getLogger("loadtest")
+
+
+class Load:
+    """The test that runs: Locust's events begin and end it, users and arrivals send through it."""
+
+    def __init__(self, environment: Any, where: target.Target) -> None:
+        self._environment = environment
+        self._where = where
+        self._recording: Recording | None = None
+        self.report_path: Path | None = None
+        self.player: Player | None = None
+
+    @property
+    def wanted(self) -> Namespace:
+        """The options; Locust's page may change them between two tests."""
+        chosen: Namespace = self._environment.parsed_options
+        return chosen
+
+    def recording(self) -> Recording:
+        """The recording of this test, begun when first asked for."""
+        if self._recording is None:
+            wanted = self.wanted
+            name = time.strftime("%Y%m%d-%H%M%S")
+            folder = Path(wanted.out) if wanted.out else target.home() / "loadtest" / name
+            # A second test of the same page does not write over the first.
+            folder = folder / name if (folder / "requests.csv").exists() else folder
+            said = options.conditions(wanted, self._where.base_url)
+            unit = options.UNITS[wanted.arrivals]
+            self._recording = Recording(folder, offered_unit=unit, slo=options.slo(wanted), conditions=said)
+        return self._recording
+
+    def begin(self, **_: object) -> None:
+        """Locust's test_start."""
+        self.recording()
+
+    def users_are(self, user_count: int, **_: object) -> None:
+        """Locust's spawning_complete: without --steps, a number of users is a step of load."""
+        if self.wanted.arrivals == "users" and not self.wanted.steps:
+            self.recording().enter(user_count)
+
+    def stopping(self, **_: object) -> None:
+        """Locust's test_stopping: no more is sent, and the step is over."""
+        if self.player is not None:
+            self.player.stop()
+        self.recording().leave()
+
+    def end(self, **_: object) -> None:
+        """Locust's test_stop: everything has been answered or cut off."""
+        recorded = self.recording().finish()
+        folder, self._recording, self.player = self.recording().folder, None, None
+        self.report_path = report.write(recorded, folder)
+        _tell(recorded, self.report_path)
+        if self._environment.parsed_options.headless:
+            has_answers = any(row.outcome == "ok" for row in recorded.rows)
+            # Failures under overload are what the test is for; that nothing was answered at all is not.
+            self._environment.process_exit_code = 0 if has_answers else 1
+
+    def ask(self, kind: str, *, due_s: float | None = None, length: Arrival | None = None) -> None:
+        """Sends one request and blocks until its answer has ended."""
+        row = self._row(kind, due_s)
+        body = self._body(row, length)
+        try:
+            http_stream.ask(self._where, body, row, timeout_s=self.wanted.request_timeout, clock=self.recording().now_s)
+        finally:
+            self._settle(row)
+
+    def overflow(self, kind: str, due_s: float) -> None:
+        """Writes down an arrival that was not sent."""
+        row = self._row(kind, due_s)
+        row.error = OVERFLOW
+        self._settle(row)
+
+    def kind_of(self, number: int) -> str:
+        """What the arrival of that number asks: half and half in mixed traffic, drawn from the seed."""
+        if self.wanted.traffic != "mixed":
+            return str(self.wanted.traffic)
+        return random.Random(self.wanted.seed * 1_000_003 + number).choice((CHAT, GROUNDED))
+
+    def _row(self, kind: str, due_s: float | None) -> Row:
+        model = self.wanted.chat_model if kind == CHAT else self.wanted.grounded_model
+        return self.recording().row(kind, model, due_s)
+
+    def _body(self, row: Row, length: Arrival | None) -> dict[str, Any]:
+        wanted = self.wanted
+        seed = wanted.seed * 1_000_003 + row.number
+        prompt_tokens = length.prompt_tokens if length else wanted.prompt_tokens
+        text = prompts.text_of(prompt_tokens, seed) if row.kind == CHAT else prompts.question(seed)
+        body: dict[str, Any] = {
+            "model": row.model,
+            "messages": [{"role": "user", "content": text}],
+            "max_tokens": length.completion_tokens if length else wanted.max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        return body | {"ignore_eos": True} if wanted.answer_length == "exact" else body
+
+    def _settle(self, row: Row) -> None:
+        recording = self._recording
+        if recording is None:  # the test is over, its file is written
+            return
+        recording.add(row)
+        if row.outcome == "stopped":
+            return
+        self._environment.events.request.fire(
+            request_type="POST",
+            name=row.kind,
+            response_time=(row.e2e_s or 0) * 1000,
+            response_length=row.num_tokens,
+            exception=RuntimeError(row.code) if row.outcome == "failed" else None,
+            context={},
+        )
+        # Straight into Locust's tables, not as request events: those would count each request several times in the sum.
+        entries = self._environment.stats.entries
+        for name, value in (("TTFT", row.ttft_s), ("TPOT", row.tpot_s)):
+            if value is not None and row.outcome == "ok":
+                entries[(row.kind, name)].log(value * 1000, 0)
+        if row.tokens_per_s is not None and row.outcome == "ok":
+            entries[(row.kind, "tokens/s")].log(row.tokens_per_s, row.num_tokens)
+
+
+LOAD: Load
+
+
+class ChatUser(User):
+    """Asks the plain model, again when the answer has come."""
+
+    kind = CHAT
+
+    def wait_time(self) -> float:
+        """Seconds between an answer and the next question."""
+        return float(LOAD.wanted.think_time)
+
+    @task
+    def ask(self) -> None:
+        """One question."""
+        LOAD.ask(self.kind)
+
+
+class GroundedUser(ChatUser):
+    """Asks about the sample collection."""
+
+    kind = GROUNDED
+
+
+class _Greenlets:
+    """The player's workers; its own group, so that a stop of the test can wait for them."""
+
+    def __init__(self) -> None:
+        self._group = gevent.pool.Group()
+
+    def num_running(self) -> int:
+        return len(self._group)
+
+    def start(self, work: Callable[[], None]) -> None:
+        self._group.start(gevent.Greenlet(work))
+
+    def kill(self) -> None:
+        self._group.kill()
+
+
+class Arrivals(User):
+    """The one user of an open loop: it starts requests when they are due and waits for none of them."""
+
+    fixed_count = 1
+
+    @task
+    def play(self) -> None:
+        """The whole test, step by step."""
+        wanted, recording = LOAD.wanted, LOAD.recording()
+        plan, greenlets = Plan(wanted, wanted.run_time), _Greenlets()
+        if wanted.arrivals == "trace":
+            recording.note("trace", f"{plan.num_in_trace} arrivals, {plan.num_clipped} of them shortened")
+        LOAD.player = player = Player(
+            greenlets,
+            request=lambda arrival, due_s: LOAD.ask(self._kind(due_s), due_s=due_s, length=arrival),
+            overflow=lambda arrival, due_s: LOAD.overflow(self._kind(due_s), due_s),
+            clock=recording.now_s,
+            sleep=gevent.sleep,
+            max_in_flight=wanted.max_in_flight,
+        )
+        try:
+            for step in plan.steps():
+                if player.is_stopped:
+                    break
+                recording.enter(step.offered)
+                start_s = recording.now_s()
+                player.play(step.arrivals, start_s, start_s + step.length_s)
+                recording.leave()
+                player.drain(wanted.request_timeout)
+        finally:
+            greenlets.kill()
+        if not player.is_stopped:  # by itself at its end: from a greenlet of its own, as it stops this one too
+            runner = self.environment.runner
+            gevent.spawn(runner.quit if wanted.headless else runner.stop)
+            gevent.sleep(60)
+
+    def _kind(self, due_s: float) -> str:
+        return LOAD.kind_of(round(due_s * 1000))
+
+
+class Steps(LoadTestShape):
+    """--steps for users: each number for --step-time."""
+
+    abstract = True  # Locust would take it for every test; _init chooses
+
+    def __init__(self, loads: list[int], step_time_s: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._loads, self._step_time_s = loads, step_time_s
+        self._entered = 0
+
+    def reset_time(self) -> None:
+        """A test begins."""
+        super().reset_time()  # type: ignore[no-untyped-call]
+        self._entered = 0
+
+    def tick(self) -> tuple[int, float] | None:
+        """Locust asks once a second how many users there should be; None ends the test."""
+        number = int(self.get_run_time() // self._step_time_s)  # type: ignore[no-untyped-call]
+        if number >= len(self._loads):
+            return None
+        if number + 1 > self._entered:
+            self._entered = number + 1
+            LOAD.recording().enter(self._loads[number])
+        return self._loads[number], min(100.0, float(self._loads[number]))
+
+
+@events.init_command_line_parser.add_listener  # type: ignore[untyped-decorator]
+def _parser(parser: Any, **_: object) -> None:
+    options.add(parser)
+
+
+@events.init.add_listener  # type: ignore[untyped-decorator]
+def _init(environment: Any, runner: Any, web_ui: Any, **_: object) -> None:
+    global LOAD
+    wanted = environment.parsed_options
+    try:
+        if not isinstance(runner, LocalRunner):
+            raise OptionError("it runs in one process: no --master, --worker or --processes")
+        options.check(wanted)
+        if wanted.arrivals != "users":
+            Plan(wanted, wanted.run_time)  # a trace that cannot be read is told before the test
+        where = target.find()
+    except (OptionError, target.TargetError, TraceError) as error:
+        print(f"loadtest: {error}", file=sys.stderr)
+        sys.exit(2)
+    LOAD = Load(environment, where)
+    environment.host = where.base_url
+    environment.user_classes[:] = _user_classes(wanted)
+    if wanted.arrivals == "users" and wanted.steps:
+        environment.shape_class = Steps([int(load) for load in options.steps(wanted)], wanted.step_time)
+        environment.shape_class.runner = runner
+    environment.events.test_start.add_listener(LOAD.begin)
+    environment.events.spawning_complete.add_listener(LOAD.users_are)
+    environment.events.test_stopping.add_listener(LOAD.stopping)
+    environment.events.test_stop.add_listener(LOAD.end)
+    if web_ui is not None:
+        web_ui.app.add_url_rule("/report", "report", _report_page)
+
+
+def _user_classes(wanted: Namespace) -> list[type[User]]:
+    if wanted.arrivals != "users":
+        return [Arrivals]
+    by_traffic: dict[str, list[type[User]]] = {CHAT: [ChatUser], GROUNDED: [GroundedUser]}
+    return by_traffic.get(wanted.traffic, [ChatUser, GroundedUser])
+
+
+def _report_page() -> Any:
+    path = LOAD.report_path
+    return (
+        path.read_text(encoding="utf-8") if path else ("There is no report yet: it is written when a test ends.", 404)
+    )
+
+
+def _tell(recorded: Recorded, path: Path) -> None:
+    figures = report.Figures(recorded)
+    print(report.table(figures))
+    print("\n".join(report.verdict(figures)))
+    print(f"Rows: {path.with_name('requests.csv')}\nReport: {path}", flush=True)
