@@ -6,7 +6,6 @@
 `python -m loadtest` fills in the rest. It runs in one Locust process: arrivals are one schedule, and the rows one file.
 """
 
-import logging
 import random
 import sys
 import time
@@ -29,7 +28,11 @@ from loadtest.player import Player
 from loadtest.recording import Recorded, Recording
 from loadtest.rows import OVERFLOW, Row
 
-log = logging.getLogger("loadtest")
+_PAUSE_AFTER_FAILURE_S = 1.0  # a user who is refused asks again, but not at the speed of refusals
+
+
+class Failure(Exception):
+    """What Locust's table of errors shows: status and code."""
 
 
 class Load:
@@ -87,14 +90,15 @@ class Load:
             # Failures under overload are what the test is for; that nothing was answered at all is not.
             self._environment.process_exit_code = 0 if has_answers else 1
 
-    def ask(self, kind: str, *, due_s: float | None = None, length: Arrival | None = None) -> None:
-        """Sends one request and blocks until its answer has ended."""
+    def ask(self, kind: str, *, due_s: float | None = None, length: Arrival | None = None) -> Row:
+        """Sends one request and blocks until its answer has ended; returns its row."""
         row = self._row(kind, due_s)
         body = self._body(row, length)
         try:
             http_stream.ask(self._where, body, row, timeout_s=self.wanted.request_timeout, clock=self.recording().now_s)
         finally:
             self._settle(row)
+        return row
 
     def overflow(self, kind: str, due_s: float) -> None:
         """Writes down an arrival that was not sent."""
@@ -139,7 +143,7 @@ class Load:
             name=row.kind,
             response_time=(row.e2e_s or 0) * 1000,
             response_length=row.num_tokens,
-            exception=RuntimeError(row.code) if row.outcome == "failed" else None,
+            exception=Failure(row.code) if row.outcome == "failed" else None,
             context={},
         )
         # Straight into Locust's tables, not as request events: those would count each request several times in the sum.
@@ -166,7 +170,8 @@ class ChatUser(User):
     @task
     def ask(self) -> None:
         """One question."""
-        LOAD.ask(self.kind)
+        if LOAD.ask(self.kind).outcome == "failed":
+            gevent.sleep(_PAUSE_AFTER_FAILURE_S)
 
 
 class GroundedUser(ChatUser):
@@ -205,7 +210,7 @@ class Arrivals(User):
             recording.note("trace", f"{plan.num_in_trace} arrivals, {plan.num_clipped} of them shortened")
         LOAD.player = player = Player(
             greenlets,
-            request=lambda arrival, due_s: LOAD.ask(self._kind(due_s), due_s=due_s, length=arrival),
+            request=self._send,
             overflow=lambda arrival, due_s: LOAD.overflow(self._kind(due_s), due_s),
             clock=recording.now_s,
             sleep=gevent.sleep,
@@ -226,6 +231,9 @@ class Arrivals(User):
             runner = self.environment.runner
             gevent.spawn(runner.quit if wanted.headless else runner.stop)
             gevent.sleep(60)
+
+    def _send(self, arrival: Arrival, due_s: float) -> None:
+        LOAD.ask(self._kind(due_s), due_s=due_s, length=arrival)
 
     def _kind(self, due_s: float) -> str:
         return LOAD.kind_of(round(due_s * 1000))
@@ -288,6 +296,8 @@ def _init(environment: Any, runner: Any, web_ui: Any, **_: object) -> None:
     environment.events.test_stop.add_listener(LOAD.end)
     if web_ui is not None:
         web_ui.app.add_url_rule("/report", "report", _report_page)
+    # gevent's loop counts from its last turn, before all the importing: --run-time would come early by as much.
+    gevent.get_hub().loop.update_now()
 
 
 def _user_classes(wanted: Namespace) -> list[type[User]]:
