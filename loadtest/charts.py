@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WIDTH, _HEIGHT = 560, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 18, 44
+_WIDTH, _HEIGHT = 560, 278
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 28, 44
 _MAX_X_LABELS = 8
 
 
@@ -49,7 +49,11 @@ def line_chart(
     has_dots: bool = True,
 ) -> str:
     """One figure: heading, legend and plot. x rises; x_labels stand at its values where they are given."""
-    frame = _Frame(x, [v for line in lines for v in line.values if v is not None], [limit.y for limit in limits])
+    frame = _Frame(
+        [*x, *(mark.x for mark in marks)],
+        [v for line in lines for v in line.values if v is not None],
+        [limit.y for limit in limits],
+    )
     parts = [
         *_y_axis(frame, y_title),
         *_x_axis(frame, x, x_labels, x_title),
@@ -75,7 +79,7 @@ class _Frame:
     """Maps values to places in the picture; the y axis begins at 0."""
 
     def __init__(self, x: Sequence[float], y: Sequence[float], more_y: Sequence[float]) -> None:
-        self.x_low, self.x_high = (x[0], x[-1]) if x else (0.0, 1.0)
+        self.x_low, self.x_high = min(x, default=0.0), max(x, default=1.0)
         highest = max(y, default=0.0)
         # A limit far above everything measured would flatten the curves; it is left out of the picture then.
         highest = max([highest, *(value for value in more_y if value <= 2 * highest)])

@@ -91,7 +91,7 @@ class Recording:
         self._file.close()
         end_s = self.now_s()
         share = (time.process_time() - self._cpu_zero_s) / max(end_s, 1e-9)
-        self.note("load generator", f"{share:.0%} of one core, on the average")
+        self.note("load generator", f"{share:.1%} of one core, on the average")
         run = {
             "started": self._started,
             "end_s": end_s,

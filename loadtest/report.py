@@ -66,26 +66,30 @@ def page(figures: Figures) -> str:
     )
 
 
+def _load(step: Summary, unit: str) -> str:
+    return "1 user" if step.window.offered == 1 and unit == "users" else f"{step.window.offered:g} {unit}"
+
+
 def verdict(figures: Figures) -> list[str]:
     """The knee and the load within the objectives, in sentences."""
     unit, slo, step = figures.recorded.offered_unit, figures.recorded.slo, figures.knee_step
     said = []
     if step is not None:
         said.append(
-            f"The knee is at {step.window.offered:g} {unit}: {number(step.tokens_per_s)} output tokens per second, "
+            f"The knee is at {_load(step, unit)}: {number(step.tokens_per_s)} output tokens per second, "
             f"first token after {number(step.ttft_scheduled.p50)} s (p50), {number(step.ttft_scheduled.p95)} s (p95)."
         )
         last = figures.steps[-1]
         if last is not step and step.tokens_per_s:
             growth = last.tokens_per_s / step.tokens_per_s - 1
             said.append(
-                f"From there to {last.window.offered:g} {unit} the throughput changed by {growth:+.0%}, and the p95 of "
+                f"From there to {_load(last, unit)} the throughput changed by {growth:+.0%}, and the p95 of "
                 f"the first token went from {number(step.ttft_scheduled.p95)} to {number(last.ttft_scheduled.p95)} s."
             )
     said.append(figures.knee.why)
     kept = figures.within_slo
     said.append(
-        f"Within the objectives ({_slo(slo)}; at most 1% failures) up to {kept.window.offered:g} {unit}."
+        f"Within the objectives ({_slo(slo)}; at most 1% failures) up to {_load(kept, unit)}."
         if kept is not None
         else f"No step of load was within the objectives ({_slo(slo)}; at most 1% failures)."
     )
