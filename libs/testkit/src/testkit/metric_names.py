@@ -1,6 +1,6 @@
 """Which metrics the services export, read from their sources; and which a PromQL expression names. For tests of rules.
 
-A definition is a call such as Counter("name", "help", ["label"]) with the name and the labels written out.
+A definition is a call of prometheus_client's Counter, Gauge, Histogram or Summary with its name and labels written out.
 """
 
 import ast
