@@ -17,6 +17,7 @@ from typing import Any
 import gevent
 import gevent.pool
 from locust import LoadTestShape, User, events, task
+from locust.exception import StopUser
 from locust.runners import LocalRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # Locust puts this file's own folder there
@@ -41,6 +42,8 @@ class Load:
     def __init__(self, environment: Any, where: target.Target) -> None:
         self._environment = environment
         self._where = where
+        # Users and shape were chosen by these when Locust started; its page shows them, but cannot change them.
+        self._fixed = {name: getattr(self.wanted, name) for name in ("arrivals", "steps", "trace", "traffic")}
         self._recording: Recording | None = None
         self.report_path: Path | None = None
         self.player: Player | None = None
@@ -66,6 +69,7 @@ class Load:
 
     def begin(self, **_: object) -> None:
         """Locust's test_start."""
+        vars(self.wanted).update(self._fixed)
         self.recording()
 
     def users_are(self, user_count: int, **_: object) -> None:
@@ -77,13 +81,16 @@ class Load:
         """Locust's test_stopping: no more is sent, and the step is over."""
         if self.player is not None:
             self.player.stop()
-        self.recording().leave()
+        if self._recording is not None:
+            self._recording.leave()
 
     def end(self, **_: object) -> None:
         """Locust's test_stop: everything has been answered or cut off."""
-        recorded = self.recording().finish()
-        folder, self._recording, self.player = self.recording().folder, None, None
-        self.report_path = report.write(recorded, folder)
+        recording, self._recording, self.player = self._recording, None, None
+        if recording is None:  # Locust's page was closed without a test
+            return
+        recorded = recording.finish()
+        self.report_path = report.write(recorded, recording.folder)
         _tell(recorded, self.report_path)
         if self._environment.parsed_options.headless:
             has_answers = any(row.outcome == "ok" for row in recorded.rows)
@@ -227,10 +234,10 @@ class Arrivals(User):
                 player.drain(wanted.request_timeout)
         finally:
             greenlets.kill()
-        if not player.is_stopped:  # by itself at its end: from a greenlet of its own, as it stops this one too
+        if not player.is_stopped:  # at its own end; from a greenlet of its own, since it stops this user too
             runner = self.environment.runner
             gevent.spawn(runner.quit if wanted.headless else runner.stop)
-            gevent.sleep(60)
+        raise StopUser
 
     def _send(self, arrival: Arrival, due_s: float) -> None:
         LOAD.ask(self._kind(due_s), due_s=due_s, length=arrival)

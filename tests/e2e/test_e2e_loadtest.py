@@ -1,6 +1,7 @@
 """The load test against the running system: its rows agree with what the system itself has counted."""
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import httpx
 import pytest
 
 from testkit import eventually_sync
+from testkit.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 CHAT, RAG = "smollm2-135m-instruct", "rag"
@@ -103,6 +105,42 @@ def test_an_open_loop_sends_on_time_and_tells_what_it_could_not_send(system, tmp
     late_s = sorted(float(row["sent_s"]) - float(row["scheduled_s"]) for row in answered)
     assert late_s[len(late_s) // 2] < 0.25, "arrivals wait for one another"
     assert "overflow" in (tmp_path / "report.html").read_text()
+
+
+def test_a_trace_is_played_from_locusts_page_with_its_own_lengths(system, tmp_path):
+    trace, folder = tmp_path / "trace.jsonl", tmp_path / "out"
+    wanted = [(0, 50, 3), (400, 80, 9), (1500, 5000, 5)]
+    lines = [{"timestamp": at_ms, "input_length": i, "output_length": o} for at_ms, i, o in wanted]
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    page = f"http://127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "loadtest", "--page", "--web-port", page.rpartition(":")[2], "--out", str(folder)]
+    options = ["--arrivals", "trace", "--trace", str(trace), "--max-prompt", "120"]
+    with (tmp_path / "log").open("w") as log, httpx.Client(base_url=page, trust_env=False) as client:
+        process = subprocess.Popen([*command, *options], env=system.environ, cwd=ROOT, stdout=log, stderr=log)
+        try:
+            eventually_sync(lambda: _status(client, "/") == 200, 60, interval_s=0.2)
+            assert _status(client, "/report") == 404, "there is none before a test has ended"
+            assert client.post("/swarm", data={"user_count": 1, "spawn_rate": 1}).json()["success"]
+            eventually_sync(lambda: _status(client, "/report") == 200, 60, interval_s=0.2)
+            assert "3 answered" in client.get("/report").text
+        finally:
+            process.terminate()
+            process.wait(60)
+    rows = _rows(folder)
+    assert [(row["prompt_tokens"], row["completion_tokens"]) for row in rows] == [
+        ("50", "3"),
+        ("80", "9"),
+        ("120", "5"),
+    ]
+    due_s = [float(row["scheduled_s"]) for row in rows]
+    assert [round(at_s - due_s[0], 2) for at_s in due_s] == [0, 0.4, 1.5]
+
+
+def _status(client, path):
+    try:
+        return client.get(path).status_code
+    except httpx.TransportError:  # it is not listening yet
+        return 0
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "2,1"], ["--arrivals", "trace", "--trace", "no-such-file"]])

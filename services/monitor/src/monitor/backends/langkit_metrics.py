@@ -49,7 +49,8 @@ class TextProfiler:
         _check_textstat()
         self.langkit_version = importlib.metadata.version("langkit")
         self.attacks_version = str(attacks["version"])
-        self._encode = functools.lru_cache(maxsize=2)(encoder.encode)  # two metrics read one prompt
+        self._encoder = encoder
+        self._encode = functools.lru_cache(maxsize=1)(encoder.encode)  # two metrics read one prompt
         self._attacks = np.concatenate([encoder.encode(phrase) for phrase in attacks["phrases"]])
         udfs = importlib.import_module("whylogs.experimental.core.udf_schema")
         self._metrics = udfs.udf_schema(
@@ -91,8 +92,9 @@ class TextProfiler:
         return [similarity(self._encode(prompt), self._attacks) for prompt in texts["prompt"]]
 
     def _relevance(self, texts: Mapping[str, Sequence[str]]) -> list[float]:
+        # Of the response its beginning alone: the encoder takes more time than all other metrics together.
         return [
-            similarity(mean(self._encode(prompt)), mean(self._encode(response)))
+            similarity(mean(self._encode(prompt)), self._encoder.encode(response, max_windows=1))
             for prompt, response in zip(texts["prompt"], texts["response"], strict=True)
         ]
 
@@ -121,8 +123,10 @@ def _profile_schema() -> Any:
     datatypes = importlib.import_module("whylogs.core.datatypes")
     standard = importlib.import_module("whylogs.core.metrics").StandardMetric
     numbers = [resolvers.MetricSpec(metric.value) for metric in (standard.counts, standard.distribution)]
-    patterns = [resolvers.MetricSpec(metric.value) for metric in (standard.counts, standard.frequent_items)]
+    patterns = [resolvers.MetricSpec(standard.frequent_items.value)]
     specs = [resolvers.ResolverSpec(column_name=name, metrics=patterns) for name in _PATTERN_COLUMNS]
+    # A metric must come by one way: a column's name adds to what its type gets.
+    specs.append(resolvers.ResolverSpec(column_type=datatypes.String, metrics=numbers[:1]))
     # AnyType: of a column whose first value of a batch is missing.
     kinds = (datatypes.Integral, datatypes.Fractional, datatypes.AnyType)
     specs += [resolvers.ResolverSpec(column_type=kind, metrics=numbers) for kind in kinds]

@@ -18,7 +18,7 @@ from modelstore import Manifest
 Vectors = npt.NDArray[np.float32]  # [windows, dimensions], of length 1 each
 
 _WINDOW_TOKENS = 96
-_STRIDE_TOKENS = 64
+_STRIDE_TOKENS = 80
 _MAX_WINDOWS = 24
 
 
@@ -50,11 +50,11 @@ class OnnxTextEncoder:
         path = str(manifest.path("model.onnx"))
         return cls(tokenizer, onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]))
 
-    def encode(self, text: str) -> Vectors:
-        """Returns one vector for each window of a text, at least one."""
+    def encode(self, text: str, max_windows: int = _MAX_WINDOWS) -> Vectors:
+        """Returns one vector for each window of a text, at least one. 25 ms of a core for each."""
         tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
         num_windows = 1 + max(0, -(-(len(tokens) - _WINDOW_TOKENS) // _STRIDE_TOKENS))
-        starts = [i * _STRIDE_TOKENS for i in range(min(num_windows, _MAX_WINDOWS))]
+        starts = [i * _STRIDE_TOKENS for i in range(min(num_windows, max_windows))]
         return np.concatenate([self._encode(tokens[start : start + _WINDOW_TOKENS]) for start in starts])
 
     def _encode(self, tokens: list[int]) -> Vectors:
