@@ -363,6 +363,25 @@ WORK = Dashboard(
             ],
         ),
         (
+            "Finetuning",
+            [
+                Panel(
+                    "Training jobs that ended",
+                    "short",
+                    [("sum by (outcome) (increase(pressroom_train_jobs_total[1h]))", "{{outcome}}")],
+                    "Within an hour. Most failures are data that the job's owner must mend: `./pressroom jobs show ID`.",
+                    12,
+                ),
+                Panel(
+                    "Optimizer steps",
+                    "cps",
+                    [("sum(rate(pressroom_train_steps_total[$__rate_interval]))", "steps per second")],
+                    "At low priority: it sinks while chat is busy. No steps with a job that runs means that it hangs.",
+                    12,
+                ),
+            ],
+        ),
+        (
             "Monitor",
             [
                 Panel(
