@@ -369,7 +369,7 @@ WORK = Dashboard(
                     "Training jobs that ended",
                     "short",
                     [("sum by (outcome) (increase(pressroom_train_jobs_total[1h]))", "{{outcome}}")],
-                    "Within an hour. Most failures are data that the job's owner must mend: `./pressroom jobs show ID`.",
+                    "Within an hour. Most failures are data that the owner must mend: `./pressroom jobs show ID`.",
                     12,
                 ),
                 Panel(

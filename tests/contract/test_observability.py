@@ -201,6 +201,7 @@ def test_promtool_accepts_the_configuration(file):
     _promtool("check", "config", str(PROMETHEUS / file))
 
 
+@pytest.mark.integration
 def test_promtool_accepts_the_rules_and_every_alert_fires_when_it_should():
     _promtool("check", "rules", str(PROMETHEUS / "alerts.yml"))
     _promtool("test", "rules", str(PROMETHEUS / "alerts_test.yml"))
