@@ -68,8 +68,8 @@ SIGNALS = Dashboard(
                         ("pressroom:http_errors:ratio_rate5m", "5xx, 5 min"),
                         ("pressroom:http_errors:ratio_rate1h", "5xx, 1 h"),
                         (
-                            'sum(rate(pressroom_monitor_records_total{finish_reason="error"}[$__rate_interval])) / '
-                            "sum(rate(pressroom_monitor_records_total[$__rate_interval]))",
+                            '(sum(rate(pressroom_monitor_records_total{finish_reason="error"}[$__rate_interval])) '
+                            "or vector(0)) / sum(rate(pressroom_monitor_records_total[$__rate_interval]))",
                             "requests that ended with an error",
                         ),
                     ],
@@ -451,7 +451,7 @@ WORK = Dashboard(
                     "reqps",
                     [
                         (
-                            f'sum(rate(pressroom_requests_total{{{GATEWAY}, code="429"}}[$__rate_interval]))',
+                            f'sum(rate(pressroom_requests_total{{{GATEWAY}, code="429"}}[$__rate_interval])) or vector(0)',
                             "429",
                         ),
                         (
