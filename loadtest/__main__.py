@@ -49,7 +49,11 @@ def _report(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("python -m loadtest report")
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args(arguments).folder
-    figures = report.Figures(recording.read(folder))
+    try:
+        figures = report.Figures(recording.read(folder))
+    except FileNotFoundError as error:
+        print(f"loadtest: {error.filename} is not there; a test leaves it in its folder", file=sys.stderr)
+        return 2
     path = report.write(figures.recorded, folder)
     print(report.table(figures), *report.verdict(figures), f"Report: {path}", sep="\n")
     return 0

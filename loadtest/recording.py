@@ -60,11 +60,16 @@ class Recording:
 
     def enter(self, offered: float) -> None:
         """A step of load begins, and the one before ends."""
-        self.leave()
+        self._close_step()
         self._step, self._offered, self._entered_s, self._is_entered = self._step + 1, offered, self.now_s(), True
+        self._describe()
 
     def leave(self) -> None:
         """The step ends; what is due afterwards still counts to it."""
+        self._close_step()
+        self._describe()
+
+    def _close_step(self) -> None:
         now_s = self.now_s()
         if self._is_entered and now_s > self._entered_s:
             self._windows.append(Window(self._step, self._offered, self._entered_s, now_s))
@@ -86,9 +91,14 @@ class Recording:
         self._conditions[name] = value
 
     def finish(self) -> Recorded:
-        """Ends the last step, writes the description of the run beside the rows, and returns all of it."""
-        self.leave()
+        """Ends the last step and returns everything that was kept."""
+        self._close_step()
         self._file.close()
+        self._describe()
+        return read(self.folder)
+
+    def _describe(self) -> None:
+        """Writes the description of the run beside the rows, as far as it has come: a crash leaves both behind."""
         end_s = self.now_s()
         share = (time.process_time() - self._cpu_zero_s) / max(end_s, 1e-9)
         self.note("load generator", f"{share:.1%} of one core, on the average")
@@ -101,7 +111,6 @@ class Recording:
             "conditions": {"started": self._started, **self._conditions, "client machine": _machine()},
         }
         (self.folder / RUN_NAME).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-        return read(self.folder)
 
 
 def read(folder: Path) -> Recorded:

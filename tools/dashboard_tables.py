@@ -451,7 +451,8 @@ WORK = Dashboard(
                     "reqps",
                     [
                         (
-                            f'sum(rate(pressroom_requests_total{{{GATEWAY}, code="429"}}[$__rate_interval])) or vector(0)',
+                            f'sum(rate(pressroom_requests_total{{{GATEWAY}, code="429"}}[$__rate_interval])) '
+                            "or vector(0)",
                             "429",
                         ),
                         (

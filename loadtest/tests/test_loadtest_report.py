@@ -120,6 +120,22 @@ def test_a_report_is_made_again_from_what_lies_in_the_folder(tmp_path, figures):
     assert json.loads((tmp_path / "run.json").read_text())["windows"][0]["offered"] == 1
 
 
+def test_a_test_that_was_killed_leaves_enough_for_a_report(tmp_path):
+    """Rows and steps so far; the step that ran is not told, as nobody knows when it ended."""
+    clock = Clock()
+    made = Recording(tmp_path, offered_unit="users", slo=Slo(1, 1), conditions={}, clock=clock)
+    for load in (1, 2):
+        made.enter(load)
+        row = made.row("chat", "m")
+        row.error = "timeout"
+        made.add(row)
+        clock.now_s += 5
+    figures = report.Figures(recording.read(tmp_path))
+    assert [step.window.offered for step in figures.steps] == [1]
+    assert len(figures.recorded.rows) == 2
+    read(report.page(figures))
+
+
 def test_a_test_without_a_single_answer_has_a_report_too(tmp_path):
     clock = Clock()
     made = Recording(tmp_path, offered_unit="users", slo=Slo(1, 1), conditions={}, clock=clock)
