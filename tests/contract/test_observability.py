@@ -1,5 +1,6 @@
 """Dashboards and alerts name nothing that does not exist, and every alert is shown to fire and to stay silent."""
 
+import importlib
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import pytest
 import yaml
 
+from chassis.settings import ServiceSettings
 from contracts.subjects import SUBJECTS
 from devstack import topology
 from devstack.settings import DEFAULT_BASE_PORT
@@ -20,6 +22,7 @@ GRAFANA = ROOT / "observability" / "grafana"
 RULES = yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())["groups"]
 ALERTS = {rule["alert"]: rule for group in RULES for rule in group["rules"] if "alert" in rule}
 RECORDED = {rule["record"]: rule for group in RULES for rule in group["rules"] if "record" in rule}
+RUNBOOK = (ROOT / "docs" / "runbook.md").read_text()
 DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(GRAFANA.glob("*.json"))}
 TARGET_LABELS = {"job", "instance", "service"}  # given by prometheus.yml
 # Values of labels that are known beforehand; others are only known at run time.
@@ -158,8 +161,7 @@ def test_an_alert_says_what_to_do(name):
     notes = alert["annotations"]
     assert set(notes) == {"summary", "description", "runbook_url"}
     assert notes["runbook_url"] == f"docs/runbook.md#{name.lower()}"
-    runbook = (ROOT / "docs" / "runbook.md").read_text()
-    section = re.search(rf"^### {name}\n(.*?)(?=^#|\Z)", runbook, re.M | re.S)
+    section = re.search(rf"^### {name}\n(.*?)(?=^#|\Z)", RUNBOOK, re.M | re.S)
     assert section, f"docs/runbook.md has no section {name}"
     assert all(f"**{part}**" in section[1] for part in ("Means.", "Look.", "Do.")), f"{name}: means, look, do"
     parsed = metric_names.parse(alert["expr"])
@@ -169,15 +171,28 @@ def test_an_alert_says_what_to_do(name):
 
 
 def test_the_runbook_has_no_section_of_an_alert_that_is_gone():
-    assert set(re.findall(r"^### (Pressroom\w+)$", (ROOT / "docs" / "runbook.md").read_text(), re.M)) == set(ALERTS)
+    assert set(re.findall(r"^### (Pressroom\w+)$", RUNBOOK, re.M)) == set(ALERTS)
 
 
 def test_the_runbook_names_commands_that_exist():
     """Every `./pressroom WORD` in it is a command of the command line."""
-    words = set(re.findall(r"\./pressroom ([a-z]+)", (ROOT / "docs" / "runbook.md").read_text()))
+    words = set(re.findall(r"\./pressroom ([a-z]+)", RUNBOOK))
     done = subprocess.run([sys.executable, "-m", "devstack", "--help"], capture_output=True, text=True, timeout=60)
     commands = set(re.findall(r"^  ([a-z]+)  ", done.stdout, re.M))
     assert words and words <= commands
+
+
+def test_the_runbook_names_settings_that_exist():
+    named = set(re.findall(rf"\b((?:{'|'.join(map(str.upper, service_names()))})_[A-Z_]+)\b", RUNBOOK))
+    assert len(named) >= 5
+    for name in named:
+        service, _, field = name.lower().partition("_")
+        (settings,) = [
+            c
+            for c in vars(importlib.import_module(f"{service}.settings")).values()
+            if isinstance(c, type) and issubclass(c, ServiceSettings) and c is not ServiceSettings
+        ]
+        assert field in settings.model_fields, name
 
 
 def test_every_alert_has_a_case_in_which_it_fires_and_the_healthy_day_is_silent():
