@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from loadtest import arrivals, recording, report
+from loadtest import arrivals, recording, report, tables
 
 _LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 # So long a stop waits for answers under way, unless the user says otherwise: one that is cut off tells nothing.
@@ -55,7 +55,12 @@ def _report(arguments: Sequence[str]) -> int:
         print(f"loadtest: {error.filename} is not there; a test leaves it in its folder", file=sys.stderr)
         return 2
     path = report.write(figures.recorded, folder)
-    print(report.table(figures), *report.verdict(figures), f"Report: {path}", sep="\n")
+    print(
+        tables.as_text(figures.steps, figures.recorded.offered_unit),
+        *report.verdict(figures),
+        f"Report: {path}",
+        sep="\n",
+    )
     return 0
 
 

@@ -4,9 +4,11 @@ import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from loadtest import tables
 from loadtest.charts import Limit, Line, Mark, line_chart, number
 from loadtest.knee import Knee, find_knee
 from loadtest.recording import REPORT_NAME, Recorded
+from loadtest.rows import Row
 from loadtest.summary import Percentiles, Series, Slo, Summary, over_time, summarize, summarize_all, within_slo
 
 _STYLE = Path(__file__).with_name("report.css")
@@ -22,6 +24,7 @@ class Figures:
             key=lambda summary: summary.window.offered,
         )
         self.whole = summarize_all(recorded.rows, recorded.windows, recorded.end_s, recorded.slo)
+        self.kinds = _by_kind(recorded)
         self.series: Series = over_time(recorded.rows, recorded.end_s)
         self.knee = _knee(self.steps)
         self.within_slo = within_slo(self.steps, recorded.slo)
@@ -30,6 +33,16 @@ class Figures:
     def knee_step(self) -> Summary | None:
         """The step at the knee."""
         return None if self.knee.index is None else self.steps[self.knee.index]
+
+
+def _by_kind(recorded: Recorded) -> dict[str, Summary]:
+    by_kind: dict[str, list[Row]] = {}
+    for row in recorded.rows:
+        by_kind.setdefault(row.kind, []).append(row)
+    return {
+        kind: summarize_all(rows, recorded.windows, recorded.end_s, recorded.slo)
+        for kind, rows in sorted(by_kind.items())
+    }
 
 
 def _knee(steps: Sequence[Summary]) -> Knee:
@@ -54,8 +67,9 @@ def page(figures: Figures) -> str:
         f"<section><h2>The knee</h2>{''.join(f'<p>{html.escape(text)}</p>' for text in verdict(figures))}</section>",
         _section("Over the offered load", _load_charts(figures)) if len(figures.steps) > 1 else "",
         _section("Over time", _time_charts(figures)),
-        f"<section><h2>Steps</h2>{_step_table(figures.steps, recorded.offered_unit)}</section>",
-        _failure_section(figures),
+        f"<section><h2>Steps</h2>{tables.of_steps(figures.steps, recorded.offered_unit)}</section>",
+        f"<section><h2>By traffic</h2>{tables.of_kinds(figures.kinds)}</section>" if len(figures.kinds) > 1 else "",
+        f"<section><h2>Failures</h2>{tables.of_failures(figures.whole.failures)}</section>",
         f"<section><h2>Conditions</h2>{_definition_list(recorded.conditions)}{_METHOD.format(slo=_slo(recorded.slo))}</section>",
     ]
     return (
@@ -94,23 +108,6 @@ def verdict(figures: Figures) -> list[str]:
         else f"No step of load was within the objectives ({_slo(slo)}; at most 1% failures)."
     )
     return said
-
-
-def table(figures: Figures) -> str:
-    """The steps as text, for a terminal."""
-    heads = ("", "due", "ok", "failed", "tok/s", "TTFT p50", "p95", "p99 s", "TPOT p50", "p95 ms")
-    rows = [heads] + [
-        (
-            f"{step.window.offered:g} {figures.recorded.offered_unit}",
-            *(str(count) for count in (step.num_due, step.num_ok, step.num_failed)),
-            *(number(v) for v in (step.tokens_per_s, step.ttft_scheduled.p50, step.ttft_scheduled.p95)),
-            number(step.ttft_scheduled.p99),
-            *(number(v and v * 1000) for v in (step.tpot.p50, step.tpot.p95)),
-        )
-        for step in figures.steps
-    ]
-    widths = [max(len(row[n]) for row in rows) for n in range(len(heads))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def _slo(slo: Slo) -> str:
@@ -234,43 +231,6 @@ def _time_charts(figures: Figures) -> list[str]:
 
 def _section(title: str, charts: Sequence[str]) -> str:
     return f'<section><h2>{title}</h2><div class="charts">{"".join(charts)}</div></section>'
-
-
-def _step_table(steps: Sequence[Summary], unit: str) -> str:
-    heads = (
-        unit, "seconds", "due", "answered", "failed", "overflow", "cut off", "answers/s", "tokens/s", "goodput",
-        "TTFT p50 s", "p95", "p99", "TPOT p50 ms", "p95", "p99", "whole p50 s", "p95", "in flight", "send lag p99 ms",
-    )  # fmt: skip
-    rows = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in _cells(step)) + "</tr>" for step in steps)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _cells(step: Summary) -> list[str]:
-    def ms(seconds: float | None) -> str:
-        return number(None if seconds is None else seconds * 1000)
-
-    counts = (step.num_due, step.num_ok, step.num_failed, step.num_overflow, step.num_stopped)
-    ttft, tpot, e2e = step.ttft_scheduled, step.tpot, step.e2e
-    return [
-        f"{step.window.offered:g}",
-        number(step.window.length_s),
-        *(str(count) for count in counts),
-        *(number(value) for value in (step.answers_per_s, step.tokens_per_s, step.goodput_tokens_per_s)),
-        *(number(value) for value in (ttft.p50, ttft.p95, ttft.p99)),
-        *(ms(value) for value in (tpot.p50, tpot.p95, tpot.p99)),
-        *(number(value) for value in (e2e.p50, e2e.p95, step.mean_in_flight)),
-        ms(step.send_lag.p99),
-    ]
-
-
-def _failure_section(figures: Figures) -> str:
-    failures = figures.whole.failures
-    if not failures:
-        return "<section><h2>Failures</h2><p>None.</p></section>"
-    rows = "".join(f"<tr><td>{html.escape(code)}</td><td>{count}</td></tr>" for code, count in failures.items())
-    head = "<thead><tr><th>status and code</th><th>requests</th></tr></thead>"
-    return f"<section><h2>Failures</h2><table>{head}<tbody>{rows}</tbody></table></section>"
 
 
 def _definition_list(pairs: dict[str, str]) -> str:

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from loadtest import recording, report
+from loadtest import recording, report, tables
 from loadtest.charts import Line, line_chart, nice_step, number
 from loadtest.recording import Recording
 from loadtest.summary import Slo
@@ -108,6 +108,17 @@ def test_the_knee_of_shared_capacity_is_where_the_capacity_is_reached(figures):
     assert "From there to 16 users" in said
 
 
+def test_mixed_traffic_is_told_apart(tmp_path):
+    rows = record(tmp_path / "a").rows
+    assert "By traffic" not in report.page(report.Figures(recording.read(tmp_path / "a")))
+    mixed = recording.read(tmp_path / "a")
+    for row in mixed.rows[::2]:
+        row.kind = "grounded"
+    figures = report.Figures(mixed)
+    assert sum(kind.num_due for kind in figures.kinds.values()) == len(rows)
+    assert "By traffic" in report.page(figures)
+
+
 def test_the_load_within_the_objectives_is_told(figures):
     """0.2 s for each user: the objective of 1 s holds up to 4 users."""
     assert figures.within_slo.window.offered == 4
@@ -147,7 +158,7 @@ def test_a_test_without_a_single_answer_has_a_report_too(tmp_path):
     empty = report.Figures(made.finish())
     read(report.page(empty))
     assert "No step of load was within the objectives" in " ".join(report.verdict(empty))
-    assert "–" in report.table(empty)
+    assert "–" in tables.as_text(empty.steps, "users")
 
 
 def test_a_chart_leaves_gaps_where_nothing_was_measured():
