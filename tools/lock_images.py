@@ -3,10 +3,10 @@
 
 usage: python3 tools/lock_images.py      (tools/lock.py runs it at its end; needs `uv`, for resolving only)
 
-What an image needs is the closure of the packages that the pyproject.toml beside its Dockerfile names, through our own
-libs. Versions and hashes are those of constraints.txt, so that a container runs what the tests ran. torch is left out, as
-in constraints.txt: a Dockerfile installs it first, from constraints-torch.txt. The GPU variants are resolved by
-themselves, with constraints.txt as far as it goes: their lock holds torch and the CUDA libraries too.
+What an image needs is the closure of the packages that the pyproject.toml beside its Dockerfile names, through our
+own libs. Versions and hashes are those of constraints.txt, so that a container runs what the tests ran. torch is left
+out, as in constraints.txt: a Dockerfile installs it first, from constraints-torch.txt. The GPU variants are resolved
+by themselves, with constraints.txt as far as it goes: their lock holds torch and the CUDA libraries too.
 """
 
 import pathlib
@@ -77,7 +77,9 @@ def gpu_lock(project: pathlib.Path, swaps: dict[str, str]) -> list[str]:
 
 def write(path: pathlib.Path, kept: list[str]) -> None:
     """Writes one lock and says how much it holds."""
-    header = f"# Made by tools/lock_images.py from {path.parent.name}/pyproject.toml and constraints.txt; do not edit.\n"
+    header = (
+        f"# Made by tools/lock_images.py from {path.parent.name}/pyproject.toml and constraints.txt; do not edit.\n"
+    )
     path.write_text(header + "".join(kept))
     print(f"{path.relative_to(ROOT)}: {len(kept)} packages")
 

