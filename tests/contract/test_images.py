@@ -71,7 +71,7 @@ def test_bases_have_a_version_and_packages_have_hashes(path):
 def test_an_image_runs_one_process_without_root(folder):
     final = _final(folder)
     assert final.last("USER") == "10001:10001"
-    assert final.last("STOPSIGNAL") == "SIGTERM"
+    assert final.last("STOPSIGNAL") == ("SIGINT" if folder.name == "milvus" else "SIGTERM")
     assert final.command("ENTRYPOINT"), "the entry is in exec form, or signals end at a shell"
     titles = {key.removeprefix("org.opencontainers.image.") for key in final.labels()}
     assert titles >= {"title", "description", "version", "revision", "base.name"}
