@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from pathlib import Path
 
 import httpx
 import pytest
@@ -9,10 +10,10 @@ from fastapi import FastAPI
 from pressroom.common.v1 import common_pb2
 from pressroom.events.v1 import events_pb2
 from pressroom.gateway.v1 import gateway_pb2, gateway_pb2_grpc
-from pressroom.monitor.v1 import monitor_pb2_grpc
+from pressroom.monitor.v1 import monitor_pb2, monitor_pb2_grpc
 from pressroom.retriever.v1 import retriever_pb2, retriever_pb2_grpc
 
-from chassis import context, rpc
+from chassis import context, rpc, telemetry
 from chassis.context import RequestContext
 from chassis.errors import Code, PlatformError
 from chassis.nats_bus import NatsBus
@@ -20,13 +21,18 @@ from contracts import subjects
 from gateway.api import errors
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, RateLimit
+from gateway.backends.embedder import GrpcEmbedder
+from gateway.backends.generator import GrpcGenerator
+from gateway.backends.graph_files import Services, assemble, read_graphs
+from gateway.backends.retriever import GrpcRetriever
 from gateway.core.ports import RequestRecord
-from gateway.state import open_state
+from gateway.state import Peers, open_state
 from testkit.servers import nats_server, valkey_server
 from testkit.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
+GRAPHS_DIR = Path(__file__).parents[1] / "src" / "gateway" / "graphs"
 KEY, ADMIN_KEY = "sk-boot-0123456789abcdef", "sk-admin-0123456789abcdef"
 
 
@@ -51,7 +57,10 @@ class Retriever(retriever_pb2_grpc.RetrieverServiceServicer):
 
 class Monitor(monitor_pb2_grpc.MonitorServiceServicer):
     async def GetProfiles(self, request, _):
-        raise PlatformError(Code.UNIMPLEMENTED, "profiles are not made yet")
+        profile = monitor_pb2.Profile(
+            model=request.model, num_records=request.limit, statistics_json='{"prompt.x": {}}'
+        )
+        return monitor_pb2.GetProfilesResponse(profiles=[profile], sample_rate=0.25, lag_s=3.5)
 
 
 class Wired:
@@ -92,6 +101,8 @@ async def running(data_dir, nats_url, valkey_url):
         channel = await stack.enter_async_context(rpc.connect(await _served(stack, peers)))
         bus = NatsBus.connect(nats_url, "gateway", subjects.STREAMS)
         stack.push_async_callback(bus.close)
+        generator, embedder = GrpcGenerator(channel), GrpcEmbedder(channel)
+        services = Services(generator, embedder, GrpcRetriever(channel), telemetry.tracer().start_as_current_span)
         state = await open_state(
             data_dir=data_dir,
             key_pepper="pepper",
@@ -99,13 +110,16 @@ async def running(data_dir, nats_url, valkey_url):
             bootstrap_api_key=KEY,
             bootstrap_admin_key=ADMIN_KEY,
             max_upload_bytes=8 * 1024 * 1024,
+            max_tenant_upload_bytes=64 * 1024 * 1024,
+            request_timeout_s=30,
             bus=bus,
-            retriever=channel,
-            monitor=channel,
+            graphs=assemble(read_graphs(GRAPHS_DIR), services),
+            peers=Peers(generator, embedder, channel, channel, channel, channel),
         )
         stack.push_async_callback(state.close)
         own = rpc.make_server("gateway")
-        state.add_files_servicer(state.files_servicer, own)
+        for add_to_server, servicer, _ in state.servicers:
+            add_to_server(servicer, own)
         files = await stack.enter_async_context(rpc.connect(await _served(stack, own)))
         tasks = [asyncio.create_task(run()) for _, run in state.tasks]
         stack.push_async_callback(_stopped, tasks)
@@ -276,8 +290,10 @@ async def test_search_and_profiles_cross_grpc_as_the_sender(tmp_path, servers):
             ("year", retriever_pb2.FILTER_OPERATOR_IN, ["1", "2"]),
             ("by", retriever_pb2.FILTER_OPERATOR_EQ, ['"x"']),
         ]
-        profiles = await wired.send("GET", "/v1/monitor/profiles")
-        assert profiles.status_code == 501 and "not made yet" in profiles.json()["error"]["message"]
+        profiles = (await wired.send("GET", "/v1/monitor/profiles?model=rag&limit=7")).json()
+        (profile,) = profiles["data"]
+        assert (profile["model"], profile["num_records"], profile["statistics"]) == ("rag", 7, {"prompt.x": {}})
+        assert (profiles["sample_rate"], profiles["lag_s"], profiles["num_waiting"]) == (0.25, 3.5, 0)
 
 
 async def test_state_opens_and_serves_while_everything_else_is_away(tmp_path):
