@@ -7,10 +7,11 @@ CHECKED := libs services loadtest tests tools
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up down test test-fast unit-gateway unit-rest lint models protos loadtest bench-load
+.PHONY: help setup up down test test-fast unit-gateway unit-rest lint models protos compose-env loadtest bench-load \
+	bench-colocation
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make the environment as the lock says
 	@$(PYTHON) libs/devstack/src/devstack/bootstrap.py
@@ -20,6 +21,9 @@ up: setup ## Start the system: environment, models, servers, services, sample co
 
 down: ## Stop what make up started, and nothing else
 	@if [ -x $(VENV)/python ]; then ./pressroom down; else echo "Nothing is running."; fi
+
+compose-env: ## Make the secrets that docker-compose.yml asks for: .env, kept if it is there
+	@$(PYTHON) tools/compose_env.py
 
 models: setup
 	@$(VENV)/python -m modelstore.prepare --store "$${PRESSROOM_HOME:-.pressroom}/models"
