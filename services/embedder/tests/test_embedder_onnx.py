@@ -119,3 +119,10 @@ def test_a_model_of_another_kind_is_refused(model_store: Path) -> None:
     with pytest.raises(PlatformError, match=r"smollm2-135m-instruct in .* is no encoder") as caught:
         OnnxEncoder.load(model_store / "smollm2-135m-instruct", 1)
     assert caught.value.code is Code.FAILED_PRECONDITION
+
+
+def test_a_device_that_is_not_there_is_refused_rather_than_replaced_by_the_processor(model_store: Path) -> None:
+    with pytest.raises(PlatformError) as raised:
+        OnnxEncoder.load(model_store / "all-minilm-l6-v2", 1, "cuda")
+    assert raised.value.code is Code.FAILED_PRECONDITION
+    assert "CUDAExecutionProvider" in raised.value.message

@@ -28,7 +28,9 @@ def main() -> int:
 
         app.on_close(stop_thread)
         loop = asyncio.get_running_loop()
-        encoder = await loop.run_in_executor(thread, OnnxEncoder.load, settings.model_dir, settings.num_threads)
+        encoder = await loop.run_in_executor(
+            thread, OnnxEncoder.load, settings.model_dir, settings.num_threads, settings.device
+        )
         await loop.run_in_executor(thread, encoder.encode, [[100] * 8])  # warm-up: allocates before the first caller
 
         async def compute(batch: list[list[int]]) -> Floats:
