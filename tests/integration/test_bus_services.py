@@ -3,11 +3,8 @@
 import pytest
 from pressroom.common.v1 import common_pb2
 from pressroom.events.v1 import events_pb2
-from pressroom.monitor.v1 import monitor_pb2, monitor_pb2_grpc
 
 import testkit
-from chassis import rpc
-from chassis.errors import Code, PlatformError
 from chassis.nats_bus import NatsBus
 from contracts.subjects import EVENTS_REQUEST_COMPLETED, JOBS_EVALUATE, JOBS_TRAIN, STREAMS, progress
 from testkit.bus_suite import Recorder, consuming
@@ -25,11 +22,12 @@ async def bus(nats_url):
 
 
 @pytest.fixture
-def started(nats_url):
+def started(nats_url, tmp_path):
     processes: list[ServiceProcess] = []
 
     def start(name: str) -> ServiceProcess:
-        processes.append(ServiceProcess(name, {"NATS_URL": nats_url}))
+        told = {"DATA_DIR": tmp_path, "ENCODER_DIR": tmp_path / "absent"} if name == "monitor" else {}
+        processes.append(ServiceProcess(name, {"NATS_URL": nats_url} | told))
         processes[-1].start()
         return processes[-1]
 
@@ -85,14 +83,3 @@ async def test_a_job_sent_while_the_worker_was_away_is_answered_when_it_comes(bu
     answer = events_pb2.JobProgress.FromString(answers.received[0].payload)
     assert (answer.job_id, answer.status) == (job.job_id, common_pb2.JOB_STATUS_FAILED)
     assert "not available yet" in answer.error
-
-
-async def test_what_the_monitor_does_not_do_yet_is_unimplemented_over_the_wire(started):
-    monitor = started("monitor")
-    async with rpc.connect(monitor.address) as channel:
-        with pytest.raises(PlatformError, match="not available yet") as caught:
-            async with rpc.call("monitor.GetProfiles", timeout_s=5) as call:
-                request = monitor_pb2.GetProfilesRequest()
-                stub = monitor_pb2_grpc.MonitorServiceStub(channel)
-                await stub.GetProfiles(request, timeout=call.timeout_s, metadata=call.metadata)
-    assert caught.value.code is Code.UNIMPLEMENTED

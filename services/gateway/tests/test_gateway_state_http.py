@@ -10,6 +10,7 @@ from gateway.api.http_admin import admin_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_jobs import jobs_router
 from gateway.api.http_later import later_router
+from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, RateLimit
@@ -27,7 +28,7 @@ from gateway.core.documents import Indexed, Library
 from gateway.core.jobs import JobStatus, Report
 from gateway.core.keys import KeyRing
 from gateway.core.limits import LocalLimiter
-from gateway.core.monitoring import Profile
+from gateway.core.monitoring import Profile, ProfileReport
 from gateway.core.search import Condition, Hit, Mode, Operator
 from testkit.fake_bus import FakeBus
 
@@ -54,11 +55,13 @@ class FakeRetriever:
 
 
 class FakeMonitor:
-    answer: list[Profile] | None = None
+    answer: ProfileReport | None = None
+    asked: tuple[str | None, int] | None = None
 
     async def newest(self, model, limit):
+        self.asked = (model, limit)
         if self.answer is None:
-            raise PlatformError(Code.UNIMPLEMENTED, "profiles are not made yet")
+            raise PlatformError(Code.UNAVAILABLE, "the monitor is away")
         return self.answer
 
 
@@ -104,7 +107,8 @@ async def gateway(tmp_path):
         jobs_router(jobs, control),
         search_router(retriever),
         admin_router(keys, SqliteLedger(database, outbox, events.request_completed)),
-        later_router(monitor),
+        monitor_router(monitor),
+        later_router(),
     ):
         routes.include_router(router)
     capped = BodyCap(routes, max_body_bytes=200_000, max_upload_bytes=10**9)
@@ -451,10 +455,20 @@ async def test_bad_key_request_names_the_field(gateway, body, param):
     refused(await gateway.post("/admin/keys", ADMIN_KEY, json=body), 400, param)
 
 
-async def test_profiles_come_from_the_monitor_or_are_not_there_yet(gateway):
-    refused(await gateway.get("/v1/monitor/profiles"), 501)
-    gateway.monitor.answer = [Profile("rag", 60, 60, 3, {"words": {"mean": 4}})]
-    assert (await gateway.get("/v1/monitor/profiles")).json()["data"][0]["statistics"] == {"words": {"mean": 4}}
+async def test_profiles_come_from_the_monitor_with_what_they_cover(gateway):
+    refused(await gateway.get("/v1/monitor/profiles"), 503)
+    statistics = {"prompt.lexicon_count": {"mean": 4}}
+    gateway.monitor.answer = ProfileReport([Profile("rag", 60, 30, 3, statistics)], 0.5, 2, 1.5, 7)
+    assert (await gateway.get("/v1/monitor/profiles?model=rag&limit=5")).json() == {
+        "object": "list",
+        "data": [{"model": "rag", "window_start": 60, "window_s": 30, "num_records": 3, "statistics": statistics}],
+        "sample_rate": 0.5,
+        "num_waiting": 2,
+        "lag_s": 1.5,
+        "num_dropped": 7,
+    }
+    assert gateway.monitor.asked == ("rag", 5)
+    refused(await gateway.get("/v1/monitor/profiles?limit=0"), 400, "limit")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from pressroom.common.v1 import common_pb2
 from pressroom.events.v1 import events_pb2
 from pressroom.gateway.v1 import gateway_pb2, gateway_pb2_grpc
-from pressroom.monitor.v1 import monitor_pb2_grpc
+from pressroom.monitor.v1 import monitor_pb2, monitor_pb2_grpc
 from pressroom.retriever.v1 import retriever_pb2, retriever_pb2_grpc
 
 from chassis import context, rpc
@@ -51,7 +51,10 @@ class Retriever(retriever_pb2_grpc.RetrieverServiceServicer):
 
 class Monitor(monitor_pb2_grpc.MonitorServiceServicer):
     async def GetProfiles(self, request, _):
-        raise PlatformError(Code.UNIMPLEMENTED, "profiles are not made yet")
+        profile = monitor_pb2.Profile(
+            model=request.model, num_records=request.limit, statistics_json='{"prompt.x": {}}'
+        )
+        return monitor_pb2.GetProfilesResponse(profiles=[profile], sample_rate=0.25, lag_s=3.5)
 
 
 class Wired:
@@ -276,8 +279,10 @@ async def test_search_and_profiles_cross_grpc_as_the_sender(tmp_path, servers):
             ("year", retriever_pb2.FILTER_OPERATOR_IN, ["1", "2"]),
             ("by", retriever_pb2.FILTER_OPERATOR_EQ, ['"x"']),
         ]
-        profiles = await wired.send("GET", "/v1/monitor/profiles")
-        assert profiles.status_code == 501 and "not made yet" in profiles.json()["error"]["message"]
+        profiles = (await wired.send("GET", "/v1/monitor/profiles?model=rag&limit=7")).json()
+        (profile,) = profiles["data"]
+        assert (profile["model"], profile["num_records"], profile["statistics"]) == ("rag", 7, {"prompt.x": {}})
+        assert (profiles["sample_rate"], profiles["lag_s"], profiles["num_waiting"]) == (0.25, 3.5, 0)
 
 
 async def test_state_opens_and_serves_while_everything_else_is_away(tmp_path):

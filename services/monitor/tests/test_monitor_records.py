@@ -1,28 +1,29 @@
 """The monitor counts each finished request once, under few labels."""
 
-import pytest
 from pressroom.common.v1 import common_pb2
 from pressroom.events.v1 import events_pb2
 from prometheus_client import CollectorRegistry
 
 import testkit
 from chassis.bus import DEAD_PREFIX, Received
-from chassis.errors import Code, PlatformError
 from contracts.subjects import EVENTS_REQUEST_COMPLETED
 from monitor.api.consumers import DURABLE, RequestRecords
-from monitor.api.grpc import MonitorServicer
 from monitor.backends.prometheus_counters import PrometheusCounters
+from monitor.core.samples import Sample, Sampler
 from monitor.core.tally import FinishedRequest, Tally
 from testkit.bus_suite import consuming
 from testkit.fake_bus import FakeBus
 
 
-def event(model: str = "m", *, http_status: int = 200, finish_reason: str = "stop") -> bytes:
+def event(model: str = "m", *, http_status: int = 200, finish_reason: str = "stop", prompt: str = "") -> bytes:
     return events_pb2.RequestCompleted(
         request_id="req_1",
         model=model,
         finish_reason=finish_reason,
         http_status=http_status,
+        started_unix_ms=1_000_500,
+        duration_s=2.0,
+        prompt_text=prompt,
         usage=common_pb2.Usage(prompt_tokens=7, completion_tokens=3, cached_tokens=2),
     ).SerializeToString()
 
@@ -32,7 +33,12 @@ class Counted:
 
     def __init__(self, **options: int) -> None:
         self.registry = CollectorRegistry()
-        self.handle = RequestRecords(Tally(PrometheusCounters(self.registry), **options)).handle
+        self.samples: list[Sample] = []
+        tally = Tally(PrometheusCounters(self.registry), **options)
+        self.handle = RequestRecords(tally, Sampler(rate=1.0, window_s=60, max_chars=100), self._admit).handle
+
+    async def _admit(self, sample: Sample) -> None:
+        self.samples.append(sample)
 
     async def hear(self, message_id: str, payload: bytes) -> None:
         await self.handle(Received(EVENTS_REQUEST_COMPLETED, payload, message_id, 1, {}))
@@ -97,10 +103,16 @@ async def test_a_record_that_cannot_be_read_is_a_dead_letter_and_the_next_is_cou
     assert len(bus.stored(DEAD_PREFIX + EVENTS_REQUEST_COMPLETED)) == 1
 
 
-async def test_profiles_come_later() -> None:
-    with pytest.raises(PlatformError, match="not available yet") as caught:
-        await MonitorServicer().GetProfiles(None, None)  # type: ignore[arg-type]
-    assert caught.value.code is Code.UNIMPLEMENTED
+async def test_a_record_with_text_is_sampled_under_its_label_and_window_and_one_without_is_counted_alone() -> None:
+    counted = Counted(max_models=1)
+    await counted.hear("a", event("m", prompt="Hello"))
+    await counted.hear("b", event("m"))
+    await counted.hear("c", event("invented", http_status=404, prompt="Hello"))
+    assert [(s.message_id, s.model, s.window_start_unix_s, s.prompt) for s in counted.samples] == [
+        ("a", "m", 960, "Hello"),  # it ended at 1002.5
+        ("c", "other", 960, "Hello"),
+    ]
+    assert counted.records("m") == 2
 
 
 def test_tally_says_whether_a_record_was_new() -> None:

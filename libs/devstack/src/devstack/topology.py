@@ -183,6 +183,7 @@ def _process_env(wiring: Wiring, num_threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
+        "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime sends statistics of its use since 1.29
         "MALLOC_ARENA_MAX": "2",
         "PYTHONUNBUFFERED": "1",
         "NO_PROXY": no_proxy,

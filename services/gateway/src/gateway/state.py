@@ -21,6 +21,7 @@ from gateway.api.http_admin import admin_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_jobs import jobs_router
 from gateway.api.http_later import later_router
+from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
 from gateway.api.relay import Relay
 from gateway.backends import events
@@ -118,7 +119,8 @@ async def open_state(
             jobs_router(jobs, control),
             search_router(index),
             admin_router(keys, ledger),
-            later_router(MonitorProfiles(monitor)),
+            monitor_router(MonitorProfiles(monitor)),
+            later_router(),
         ),
         add_files_servicer=gateway_pb2_grpc.add_FileServiceServicer_to_server,
         files_servicer=FileServicer(documents, files),

@@ -51,10 +51,11 @@ class Tally:
         if len(self._seen) > self._window:
             self._seen.popitem(last=False)
         reason = request.finish_reason if request.finish_reason in _FINISH_REASONS else OTHER
-        self._counters.add(self._label(request), reason, request)
+        self._counters.add(self.label(request), reason, request)
         return True
 
-    def _label(self, request: FinishedRequest) -> str:
+    def label(self, request: FinishedRequest) -> str:
+        """Returns the model's name where it has a label of its own, else OTHER."""
         if request.model not in self._models:
             if not request.succeeded or not request.model or len(self._models) >= self._max_models:
                 return OTHER

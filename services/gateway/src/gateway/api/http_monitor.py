@@ -1,0 +1,46 @@
+"""GET /v1/monitor/profiles: what the monitor found in prompts and responses.
+
+Any key that is valid may read them. They are sums over all tenants that let their text be profiled, and hold numbers
+and names of patterns, no text; they do tell which models were asked, and how often.
+"""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+
+from gateway.api.identity import principal_of
+from gateway.core.monitoring import Profile, Profiles
+
+
+def monitor_router(profiles: Profiles) -> APIRouter:
+    """Makes GET /v1/monitor/profiles."""
+    router = APIRouter()
+
+    @router.get("/v1/monitor/profiles")
+    async def get_profiles(
+        request: Request,
+        model: Annotated[str | None, Query(max_length=200)] = None,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 24,
+    ) -> dict[str, Any]:
+        principal_of(request)
+        report = await profiles.newest(model, limit)
+        return {
+            "object": "list",
+            "data": [_profile_shape(profile) for profile in report.profiles],
+            "sample_rate": report.sample_rate,
+            "num_waiting": report.num_waiting,
+            "lag_s": report.lag_s,
+            "num_dropped": report.num_dropped,
+        }
+
+    return router
+
+
+def _profile_shape(profile: Profile) -> dict[str, Any]:
+    return {
+        "model": profile.model,
+        "window_start": profile.window_start_unix_s,
+        "window_s": profile.window_s,
+        "num_records": profile.num_records,
+        "statistics": dict(profile.statistics),
+    }
