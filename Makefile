@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 	bench-colocation
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make the environment as the lock says
 	@$(PYTHON) libs/devstack/src/devstack/bootstrap.py
@@ -66,3 +66,6 @@ loadtest: setup ## Load on what make up started: rows in CSV, one HTML report wi
 	@$(VENV)/python -m loadtest $(or $(strip $(LOAD)),$(USUAL_LOAD))
 
 bench-load: loadtest
+
+bench-colocation: setup models ## Chat's time per output token alone and beside a finetune, in pairs, and their ratio
+	@$(VENV)/python tools/bench_colocation.py $(ARGS)
