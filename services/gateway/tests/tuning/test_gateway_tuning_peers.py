@@ -1,4 +1,4 @@
-"""The trainer and the evaluator behind real gRPC, uploads as workers read them, and a database of the version before."""
+"""Trainer and evaluator behind real gRPC, uploads as workers read them, and a database of the version before."""
 
 import pytest
 from pressroom.evaluator.v1 import evaluator_pb2, evaluator_pb2_grpc
