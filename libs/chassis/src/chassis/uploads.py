@@ -1,19 +1,41 @@
-"""Uploaded files, streamed from the gateway over gRPC and checked against their digest."""
+"""Uploaded files, streamed from their owner over gRPC, bounded in size and checked against their digest.
+
+Knows no wire types: contracts.jobs.open_file makes the call.
+"""
 
 import hashlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
 
 import grpc
-from pressroom.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 
 from chassis import rpc
 from chassis.errors import Code, PlatformError
 
 
+class Piece(Protocol):
+    """One message of the stream."""
+
+    @property
+    def data(self) -> bytes: ...
+
+
+class PieceStream(Protocol):
+    """The running call."""
+
+    def __aiter__(self) -> AsyncIterator[Piece]: ...
+    def cancel(self) -> bool: ...
+
+
+OpenFile = Callable[[grpc.aio.Channel, str, float, Sequence[tuple[str, str]]], PieceStream]
+
+
 class GrpcFiles:
     """The gateway's FileService. The caller owns the channel."""
 
-    def __init__(self, channel: grpc.aio.Channel, *, timeout_s: float, max_bytes: int) -> None:
-        self._stub = gateway_pb2_grpc.FileServiceStub(channel)
+    def __init__(self, channel: grpc.aio.Channel, open_file: OpenFile, *, timeout_s: float, max_bytes: int) -> None:
+        self._channel = channel
+        self._open_file = open_file
         self._timeout_s = timeout_s
         self._max_bytes = max_bytes
 
@@ -24,14 +46,13 @@ class GrpcFiles:
         """
         data, digest = bytearray(), hashlib.sha256()
         async with rpc.call("gateway.ReadFile", timeout_s=self._timeout_s) as call:
-            request = gateway_pb2.ReadFileRequest(file_id=file_id)
-            stream = self._stub.ReadFile(request, timeout=call.timeout_s, metadata=call.metadata)
+            stream = self._open_file(self._channel, file_id, call.timeout_s, call.metadata)
             try:
                 async for piece in stream:
                     data += piece.data
                     digest.update(piece.data)  # piece by piece: the whole would hold the loop up
                     if len(data) > self._max_bytes:
-                        message = f"file: it is larger than {self._max_bytes} bytes, which is the most that is ingested"
+                        message = f"file: it is larger than {self._max_bytes} bytes, which is the most that is taken"
                         raise PlatformError(Code.PAYLOAD_TOO_LARGE, message, param="file")
             finally:
                 stream.cancel()

@@ -1,4 +1,7 @@
-"""Waits out a service that is away for a moment, within a budget of time."""
+"""Waits out a service that is away for a moment, within a budget of time.
+
+A service's core may import it, as it may chassis.errors: it imports the standard library and that alone.
+"""
 
 import asyncio
 import random
