@@ -1,5 +1,6 @@
 """The routes of /v1/fine_tuning/jobs: OpenAI's paths and shapes."""
 
+import re
 from typing import Annotated, Any, Literal, NoReturn
 
 from fastapi import APIRouter, Query, Request
@@ -17,6 +18,7 @@ from gateway.core.jobs import Canceller, JobStatus, JobStore
 
 _PATH = "/v1/fine_tuning/jobs"
 _AUTO = Literal["auto"]
+_FIELD_AT_FAULT = re.compile(r"(?P<param>(?P<field>training_file|hyperparameters)[a-z_.]{0,64}): ")
 _MAX_SEED = 2**63 - 1
 
 Id = Annotated[str, Field(min_length=1, max_length=100)]
@@ -201,7 +203,13 @@ def job_shape(finetune: Finetune) -> dict[str, Any]:
 
 
 def _error_shape(message: str | None) -> dict[str, Any]:
-    return {"code": "job_failed", "message": message or "the job failed", "param": None}
+    """OpenAI's error of a job. The trainer names the field at fault, where it is the order's, before a colon."""
+    named = _FIELD_AT_FAULT.match(message or "")
+    return {
+        "code": f"invalid_{named['field']}" if named else "job_failed",
+        "message": message or "the job failed",
+        "param": named["param"] if named else None,
+    }
 
 
 def _newest_first(finetune: Finetune, run: Run | None) -> list[RunEvent]:
