@@ -99,11 +99,20 @@ async def test_older_place_of_the_hyperparameters_is_read_too(world):
     assert (await world.order(hyperparameters={"n_epochs": 2}, **both))["hyperparameters"]["n_epochs"] == 2
 
 
-async def test_failed_job_says_why(world):
+@pytest.mark.parametrize(
+    ("message", "code", "param"),
+    [
+        ("training_file: line 3: it is not valid JSON", "invalid_training_file", "training_file"),
+        ("hyperparameters.n_epochs: too many", "invalid_hyperparameters", "hyperparameters.n_epochs"),
+        ("the disk is full: no space left", "job_failed", None),
+        ("", "job_failed", None),
+    ],
+)
+async def test_failed_job_says_why(world, message, code, param):
     job = await world.order()
-    await world.report(job["id"], "FAILED", error="line 3 is not JSON")
+    await world.report(job["id"], "FAILED", error=message)
     seen = (await world.http().get(f"/fine_tuning/jobs/{job['id']}")).json()
-    assert seen["error"] == {"code": "job_failed", "message": "line 3 is not JSON", "param": None}
+    assert seen["error"] == {"code": code, "message": message or "the job failed", "param": param}
     assert (seen["status"], seen["fine_tuned_model"]) == ("failed", None) and seen["finished_at"]
 
 

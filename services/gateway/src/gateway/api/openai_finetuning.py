@@ -1,13 +1,16 @@
 """The routes of /v1/fine_tuning/jobs: OpenAI's paths and shapes."""
 
+import re
 from typing import Annotated, Any, Literal, NoReturn
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
+from starlette.responses import Response
 
 from chassis.errors import Code, PlatformError
 from gateway.api.http_jobs import cancel
 from gateway.api.identity import principal_of
+from gateway.api.inference import json_response
 from gateway.api.json_body import Body, read_json
 from gateway.api.openai_files import page_shape
 from gateway.api.openai_params import ModelName
@@ -17,6 +20,7 @@ from gateway.core.jobs import Canceller, JobStatus, JobStore
 
 _PATH = "/v1/fine_tuning/jobs"
 _AUTO = Literal["auto"]
+_FIELD_AT_FAULT = re.compile(r"(?P<param>(?P<field>training_file|hyperparameters)[a-z_.]{0,64}): ")
 _MAX_SEED = 2**63 - 1
 
 Id = Annotated[str, Field(min_length=1, max_length=100)]
@@ -135,25 +139,26 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
         await cancel(jobs, canceller, tenant, job_id)
         return job_shape(await finetuning.get(tenant, job_id))
 
-    @router.get(_PATH + "/{job_id}/events")
+    @router.get(_PATH + "/{job_id}/events", response_model=None)
     async def list_events(
         request: Request,
         job_id: str,
         limit: Annotated[int, Query(ge=1, le=1000)] = 20,
         after: Annotated[str | None, Query(max_length=200)] = None,
-    ) -> dict[str, Any]:
+    ) -> Response:
         finetune, run = await finetuning.run(principal_of(request).tenant, job_id)
         events = _newest_first(finetune, run)
         if after is not None:
             places = [place for place, event in enumerate(events) if event.id == after]
             events = events[places[0] + 1 :] if places else []
-        return page_shape([_event_shape(event) for event in events[:limit]], has_more=len(events) > limit)
+        shown = [_event_shape(event) for event in events[:limit]]
+        return json_response(page_shape(shown, has_more=len(events) > limit))
 
-    @router.get(_PATH + "/{job_id}/losses")
-    async def get_losses(request: Request, job_id: str) -> dict[str, Any]:
+    @router.get(_PATH + "/{job_id}/losses", response_model=None)
+    async def get_losses(request: Request, job_id: str) -> Response:
         """Not OpenAI's: the loss curve in one piece."""
         _, run = await finetuning.run(principal_of(request).tenant, job_id)
-        return _losses_shape(run)
+        return json_response(_losses_shape(run))
 
     @router.get(_PATH + "/{job_id}/checkpoints")
     async def list_checkpoints(request: Request, job_id: str) -> dict[str, Any]:
@@ -201,7 +206,13 @@ def job_shape(finetune: Finetune) -> dict[str, Any]:
 
 
 def _error_shape(message: str | None) -> dict[str, Any]:
-    return {"code": "job_failed", "message": message or "the job failed", "param": None}
+    """OpenAI's error of a job. The trainer names the field at fault, where it is the order's, before a colon."""
+    named = _FIELD_AT_FAULT.match(message or "")
+    return {
+        "code": f"invalid_{named['field']}" if named else "job_failed",
+        "message": message or "the job failed",
+        "param": named["param"] if named else None,
+    }
 
 
 def _newest_first(finetune: Finetune, run: Run | None) -> list[RunEvent]:
