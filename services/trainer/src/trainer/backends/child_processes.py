@@ -54,8 +54,8 @@ class ChildProcesses:
                 if (message := _message(line)) is not None:
                     await on_message(message)
             status = await process.wait()
-            async with asyncio.timeout(_KILL_PATIENCE_S):
-                await listening
+            # Bounded: what the child has started may hold the pipe open.
+            await asyncio.wait({listening}, timeout=_KILL_PATIENCE_S)
             return Ended(status, "\n".join(tail))
         finally:
             listening.cancel()

@@ -33,7 +33,7 @@ from trainer.core.runs import Step, unknown_model
 from trainer.core.space import no_space_reason
 
 REFUSED = 3
-_LOCK_PATIENCE_S = 60.0
+_LOCK_PATIENCE_S = 900.0  # the other one ends when it gets a core for a moment, and it stands behind all others
 
 
 class Child:

@@ -13,6 +13,7 @@ from trainer.core.ports import RunFolder
 
 log = logging.getLogger(__name__)
 
+_COMMAND = (sys.executable, "-m", "trainer.backends.tracking.mirror")
 _TAIL_BYTES = 2000
 
 
@@ -37,9 +38,7 @@ class MlflowTracker:
 
     async def _run(self, folder: RunFolder) -> tuple[int, str]:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "trainer.backends.tracking.mirror",
+            *_COMMAND,
             str(folder.path),
             self._uri,
             self._artifacts.as_uri(),
