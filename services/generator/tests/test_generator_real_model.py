@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import lora_files
 import pytest
 import torch
-from engine_suite import EngineSuite, ask, collect
+from engine_suite import EngineSuite, MakeAdapter, ask, collect
 
 from generator.backends.hf_tokenizer import HfTokenizer
 from generator.backends.torch_runner import TorchRunner, make_runner
@@ -73,6 +74,12 @@ class TestSmolLM2Engine(EngineSuite):
     """The contract on the real model."""
 
     NUM_CANCELS = 5
+
+    @pytest.fixture
+    def make_adapter(self, folder: Path) -> MakeAdapter:
+        config = json.loads((folder / "config.json").read_text())
+        modules = ("q_proj", "v_proj", "down_proj")
+        return lambda adapter_id, seed: lora_files.files(adapter_id, config, seed, modules=modules)
 
 
 def _prompt(tokenizer: HfTokenizer, question: str) -> tuple[int, ...]:
