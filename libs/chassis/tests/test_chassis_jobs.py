@@ -1,5 +1,6 @@
 """What workers of jobs share: reports, cancellations, when a job is given up, and the files that they read."""
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 
@@ -26,13 +27,14 @@ def reports(bus: FakeBus) -> list[events_pb2.JobProgress]:
 async def test_progress_is_told_twice_a_second_at_most_and_the_end_always() -> None:
     bus, now = FakeBus(), [0.0]
     reporter = Reporter(bus, encode_progress, "job_1", 1, clock=lambda: now[0])
+    await reporter.running()
     for done in range(10):
         now[0] = done * 0.1
         await reporter.running(done, 10)
     await reporter.ended("succeeded", result_json="{}")
     told = [(r.status, r.done, r.total) for r in reports(bus)]
     running, succeeded = common_pb2.JOB_STATUS_RUNNING, common_pb2.JOB_STATUS_SUCCEEDED
-    assert told == [(running, 0, 10), (running, 5, 10), (succeeded, 9, 10)]
+    assert told == [(running, 0, 0), (running, 0, 10), (running, 5, 10), (succeeded, 9, 10)]
 
 
 async def test_reports_of_a_later_attempt_count_from_higher_up() -> None:
@@ -54,6 +56,28 @@ async def test_a_cancelled_job_is_remembered_until_it_has_ended() -> None:
     cancellations.check("job_1")
     with pytest.raises(PlatformError, match="could not be read"):
         await cancellations.handle(Received(CONTROL_REQUEST_CANCEL, b"\xff", "", 1, {}))
+
+
+async def test_the_work_of_a_job_is_cut_off_as_soon_as_it_is_cancelled() -> None:
+    cancellations, was_cut = Cancellations(decode_cancel), []
+
+    async def work(answer: str | None) -> str | None:
+        try:
+            return answer or await asyncio.Event().wait()  # type: ignore[return-value, func-returns-value]
+        except asyncio.CancelledError:
+            was_cut.append(True)
+            raise
+
+    assert await cancellations.run("job_1", work("done")) == "done"
+    running = asyncio.create_task(cancellations.run("job_1", work(None)))
+    for job_id in ("job_2", "job_1"):
+        await asyncio.sleep(0.01)
+        assert not running.done()
+        payload = events_pb2.RequestCancel(id=job_id).SerializeToString()
+        await cancellations.handle(Received(CONTROL_REQUEST_CANCEL, payload, "", 1, {}))
+    with pytest.raises(JobCancelled):
+        await running
+    assert was_cut
 
 
 def test_what_may_pass_is_tried_again_and_what_cannot_is_final_at_once() -> None:

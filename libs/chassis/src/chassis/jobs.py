@@ -3,17 +3,20 @@
 Knows no wire types: contracts.jobs writes and reads the messages, and main joins the two.
 """
 
+import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Literal, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Literal, Protocol, TypeVar
 
 from chassis.bus import Bus, Received
 from chassis.errors import Code, PlatformError
 from chassis.patience import is_transient
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # How a job is consumed: `bus.consume(..., max_deliver=MAX_DELIVER_OF_BUS, ack_wait_s=ACK_WAIT_S, backoff_s=BACKOFF_S)`.
 ACK_WAIT_S = 15.0  # a job whose worker was killed is delivered again after this
@@ -65,6 +68,7 @@ class Cancellations:
     def __init__(self, decode: Callable[[bytes], str]) -> None:
         self._decode = decode
         self._ids: OrderedDict[str, None] = OrderedDict()
+        self._changed = asyncio.Event()
 
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._ids
@@ -78,11 +82,31 @@ class Cancellations:
         self._ids[job_id] = None
         while len(self._ids) > _REMEMBERED:
             self._ids.popitem(last=False)
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def check(self, job_id: str) -> None:
         """Raises JobCancelled where the job is to stop."""
         if job_id in self._ids:
             raise JobCancelled
+
+    async def run(self, job_id: str, work: Coroutine[Any, Any, T]) -> T:
+        """Awaits the work of a job; cancels it and raises JobCancelled as soon as the job is to stop."""
+        working = asyncio.create_task(work)
+        stopping = asyncio.create_task(self._until_cancelled(job_id))
+        try:
+            await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise JobCancelled
+        finally:
+            working.cancel()
+            stopping.cancel()
+            await asyncio.wait({working, stopping})
+
+    async def _until_cancelled(self, job_id: str) -> None:
+        while job_id not in self._ids:
+            await self._changed.wait()
 
     def forget(self, job_id: str) -> None:
         """Drops a job that has ended."""
@@ -111,9 +135,13 @@ class Reporter:
         self._total = 0
 
     async def running(self, done: int = 0, total: int = 0, *, result_json: str = "") -> None:
-        """Tells of progress: not more often than twice a second, and a report that is lost is no harm."""
+        """Tells of progress: not more often than twice a second, and a report that is lost is no harm.
+
+        The first report that knows the total is told in any case: the next may be minutes away.
+        """
+        is_news = total > 0 and self._total == 0
         self._done, self._total = done, total
-        if self._clock() < self._next_at:
+        if self._clock() < self._next_at and not is_news:
             return
         self._next_at = self._clock() + _LEAST_PAUSE_S
         try:
