@@ -113,6 +113,8 @@ async def measure(address: str, child: subprocess.Popen, pairs: int, num_tokens:
     print(f"TTFT alone {ttft * 1e3:.0f} ms, beside {ttft_beside * 1e3:.0f} ms")
     print(f"TPOT alone {tpot * 1e3:.1f} ms, beside {tpot_beside * 1e3:.1f} ms: ratio {ratio:.2f}")
     print(f"training: {num_steps / beside_s:.2f} steps/s beside the chat, {idle_rate:.2f} without it")
+    if not idle_rate:
+        print("the child made no step even without the chat: others hold the cores, and this ratio proves nothing")
 
 
 def main() -> int:
@@ -121,7 +123,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of chat and training each")
     parser.add_argument("--wait-policy", default="PASSIVE", help="OMP_WAIT_POLICY of the generator; none: unset")
-    parser.add_argument("--store", type=Path, default=ROOT / ".pressroom" / "models")
+    home = Path(os.environ.get("PRESSROOM_HOME", ROOT / ".pressroom"))
+    parser.add_argument("--store", type=Path, default=home / "models")
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:

@@ -83,6 +83,7 @@ class EngineSuite:
     `make_adapter`, which makes files that change what it says."""
 
     NUM_CANCELS = 20
+    NUM_LONG = 200  # tokens of a request that is still running when something else is done
 
     async def test_events_come_in_order_and_usage_is_exact(self, engine: Engine) -> None:
         got = await collect(engine, ask(most=9))
@@ -233,7 +234,7 @@ class EngineSuite:
         ids = ["", *(f"{engine.model.id}:{name}" for name in "abc")]
         for seed, adapter_id in enumerate(ids[1:]):
             await engine.load_adapter(make_adapter(adapter_id, seed))
-        requests = [ask(p, 12, adapter=ids[i % 4], logprobs=0) for i, p in enumerate(PROMPTS * 2)]
+        requests = [ask(p, 12, adapter=ids[i % 4], logprobs=0) for i, p in enumerate(PROMPTS)]
         alone = [await collect(engine, request) for request in requests]
         together = await asyncio.gather(*(collect(engine, request) for request in requests))
         assert [t.tokens[0] for t in together] == [a.tokens[0] for a in alone]
@@ -265,7 +266,7 @@ class EngineSuite:
     ) -> None:
         old, new = make_adapter(f"{engine.model.id}:a", 1), make_adapter(f"{engine.model.id}:a", 2)
         await engine.load_adapter(old)
-        request = ask(most=200, adapter=old.spec.id)
+        request = ask(most=self.NUM_LONG, adapter=old.spec.id)
         expected = await collect(engine, request)
         _, events, running = await _start(engine, request)
         await engine.load_adapter(new)
@@ -282,7 +283,7 @@ class EngineSuite:
     ) -> None:
         files = make_adapter(f"{engine.model.id}:a", 1)
         await engine.load_adapter(files)
-        _, events, running = await _start(engine, ask(most=150, adapter=files.spec.id))
+        _, events, running = await _start(engine, ask(most=self.NUM_LONG, adapter=files.spec.id))
         unloading = asyncio.create_task(engine.unload_adapter(files.spec.id))
         await asyncio.sleep(0)
         with pytest.raises(PlatformError) as raised:
@@ -291,7 +292,7 @@ class EngineSuite:
         async for event in events:
             running.take(event)
         await unloading
-        assert running.reasons[0] is FinishReason.LENGTH and len(running.tokens[0]) == 150
+        assert running.reasons[0] is FinishReason.LENGTH and len(running.tokens[0]) == self.NUM_LONG
         with pytest.raises(PlatformError) as raised:
             await engine.unload_adapter(files.spec.id)
         assert raised.value.code is Code.NOT_FOUND

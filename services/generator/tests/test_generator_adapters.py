@@ -225,8 +225,10 @@ async def test_count_and_memory_of_adapters_are_bounded(
     assert (raised.value.code, raised.value.reason) == (Code.OVERLOADED, "adapters_full")
     assert not raised.value.retryable and "GENERATOR_MAX_ADAPTERS" in raised.value.message
     await _unload(stub, orders[0].id)
-    with pytest.raises(PlatformError, match="bytes"):
-        await _load(stub, _publish(store, "ftjob-big", "toy:big", b"x" * 90))
+    for size, code in ((90, Code.OVERLOADED), (101, Code.INVALID_ARGUMENT)):
+        with pytest.raises(PlatformError, match="bytes") as raised:
+            await _load(stub, _publish(store, f"ftjob-{size}", "toy:big", b"x" * size))
+        assert raised.value.code is code
     await _load(stub, orders[3])  # what was refused holds nothing
 
 
@@ -279,6 +281,13 @@ async def test_an_adapter_for_another_base_is_refused_with_both_names(
         await _load(stub, _publish(store, "ftjob-1", **fields))
     assert raised.value.code is Code.FAILED_PRECONDITION
     assert all(name in raised.value.message for name in ("'toy'", BASE_VERSION, *fields.values()))
+
+
+@pytest.mark.parametrize("adapter_id", ["toy", "toy:", "other:mine", "toy:a b", "toy:a:b", "toy:" + "x" * 200])
+async def test_an_id_that_is_none_of_the_bases_is_refused(stub: Stub, store: Path, adapter_id: str) -> None:
+    with pytest.raises(PlatformError) as raised:
+        await _load(stub, _publish(store, "ftjob-1", adapter_id, base="toy"))
+    assert (raised.value.code, raised.value.param) == (Code.INVALID_ARGUMENT, "adapter")
 
 
 async def test_files_that_are_not_what_the_manifest_says_are_refused(stub: Stub, store: Path) -> None:
@@ -379,6 +388,16 @@ async def test_a_start_loads_the_newest_of_each_and_passes_over_the_damaged(
     await library.load_all()
     models = {m.id: m.created_unix_s for m in (await stub.ListModels(pb.ListModelsRequest())).models[1:]}
     assert models == {"toy:one": 9, "toy:five": 1}
+
+
+async def test_a_start_takes_the_newest_where_not_all_have_room(
+    engine: BatchingEngine, store: Path, library: AdapterLibrary, loads: Counter[str]
+) -> None:
+    for number in range(6):
+        _publish(store, f"ftjob-{number}", f"toy:{number}", created=number)
+    await library.load_all()
+    assert [spec.id for spec in engine.adapters()] == ["toy:3", "toy:4", "toy:5"]
+    assert loads == Counter(loaded=3, failed=1)
 
 
 async def test_a_start_without_adapters_is_a_start(

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from pathlib import Path, PurePosixPath
 
 from chassis.errors import Code, PlatformError
@@ -15,6 +16,7 @@ CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 _FOLDER = "adapters"
 _MAX_CONFIG_BYTES = 1024 * 1024
+_SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)  # it becomes a label of metrics
 
 
 class FolderAdapterStore:
@@ -90,8 +92,10 @@ class FolderAdapterStore:
             )
             raise PlatformError(Code.FAILED_PRECONDITION, message, param="adapter", reason=ANOTHER_BASE)
         prefix, _, suffix = manifest.id.partition(":")
-        if prefix != self._base_id or not suffix:
-            message = f"adapter id {manifest.id!r} is not '{self._base_id}:<suffix>'"
+        if prefix != self._base_id or not _SUFFIX.fullmatch(suffix):
+            message = (
+                f"adapter id {manifest.id[:200]!r} is not '{self._base_id}:<suffix>' of letters, digits, '.', '_', '-'"
+            )
             raise PlatformError(Code.INVALID_ARGUMENT, message, param="adapter")
 
     def _check_sizes(self, manifest: Manifest) -> None:

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from chassis.errors import Code, PlatformError
 
+FULL = "adapters_full"  # PlatformError.reason where no more may be loaded
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
@@ -75,9 +77,12 @@ class AdapterTable:
         return tuple(sorted((adapter.spec for adapter in self._loaded.values()), key=lambda spec: spec.id))
 
     def check_room(self, adapter_id: str, size_bytes: int = 0) -> None:
-        """Raises PlatformError(OVERLOADED) where an adapter more, under this id, would pass a limit."""
+        """Raises PlatformError where an adapter more, under this id, would pass a limit: OVERLOADED, reason FULL."""
         if adapter_id not in self._loaded and len(self._loaded) >= self._limits.max_adapters:
             raise _no_room(f"{len(self._loaded)} adapters are loaded, as many as this generator may hold")
+        if size_bytes > self._limits.max_bytes:
+            message = f"adapter {adapter_id!r} needs {size_bytes} bytes; {self._limits.max_bytes} are allowed"
+            raise PlatformError(Code.INVALID_ARGUMENT, message, param="adapter", reason="adapter_too_large")
         # What it replaces is still held while it is read and probed, so it counts.
         held = sum(a.weights.size_bytes for a in (*self._loaded.values(), *self._leaving))
         if held + size_bytes > self._limits.max_bytes:
@@ -122,4 +127,4 @@ def not_loaded(adapter_id: str) -> PlatformError:
 def _no_room(why: str) -> PlatformError:
     message = f"{why}: unload an adapter, or raise GENERATOR_MAX_ADAPTERS and GENERATOR_ADAPTER_MEMORY_MB"
     # It does not get better by itself, so trying again at once is no help.
-    return PlatformError(Code.OVERLOADED, message, retryable=False, reason="adapters_full")
+    return PlatformError(Code.OVERLOADED, message, retryable=False, reason=FULL)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from chassis.errors import Code, PlatformError
-from generator.core.adapters import AdapterFiles, AdapterSpec
+from generator.core.adapters import FULL, AdapterFiles, AdapterSpec
 from generator.core.engine import AdapterHost
 
 log = logging.getLogger(__name__)
@@ -85,14 +85,22 @@ class AdapterLibrary:
         log.info("adapter unloaded", extra={"adapter": adapter_id})
 
     async def load_all(self) -> None:
-        """Loads the newest adapter of each id in the store; one that cannot be loaded is logged and passed over."""
+        """Loads the newest adapter of each id in the store, newest first, until no more may be loaded.
+
+        Whatever is wrong with one adapter is logged: base and other adapters must answer.
+        """
         if self._store is None:
             return
-        for order in await asyncio.to_thread(self._store.find):
+        orders = await asyncio.to_thread(self._store.find)
+        for number, order in enumerate(orders):
             if self.get(order.id) is not None:  # a newer one
                 continue
             try:
                 await self.load(order)
-            except Exception as error:
-                # Whatever is wrong with one adapter, base and other adapters must answer.
+            except PlatformError as error:
                 log.error("adapter not loaded at start", extra={"adapter": order.id, "error": repr(error)})
+                if error.reason == FULL:  # reading and refusing the rest would only make the start longer
+                    log.error("adapters left out at start", extra={"num_left_out": len(orders) - number})
+                    return
+            except Exception:
+                log.exception("adapter not loaded at start", extra={"adapter": order.id})

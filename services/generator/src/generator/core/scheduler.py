@@ -26,7 +26,7 @@ class SchedulerLimits:
     max_step_tokens: int = 128
     max_mixed_prefill_tokens: int = 64
     # Of all background sequences together, prompts and decodes, beside others. Eight rows more make a decoding step a
-    # fifth longer on two cores, 64 make it three times as long.
+    # quarter longer on two cores, 64 make it three times as long.
     max_background_tokens: int = 8
 
 

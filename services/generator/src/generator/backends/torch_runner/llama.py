@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from generator.backends.torch_runner import lora
-from generator.backends.torch_runner.lora import AdapterRows, LayerAdapter
-from generator.backends.torch_runner.weights import LayerWeights, LlamaConfig, LlamaWeights
+from generator.backends.torch_runner.lora import AdapterRows
+from generator.backends.torch_runner.weights import LlamaConfig, LlamaWeights
 
 
 @dataclass(slots=True)
@@ -62,9 +62,11 @@ class Llama:
         sin = self._sin[batch.positions].unsqueeze(1)
         for number, (layer, cache) in enumerate(zip(self._weights.layers, self._cache, strict=True)):
             adapters = [(group.weights.layers[number], group.rows) for group in batch.adapters]
-            attended = self._attention(
-                layer, cache, self._norm(hidden, layer.attention_norm), cos, sin, batch, adapters
-            )
+            x = self._norm(hidden, layer.attention_norm)
+            qkv = F.linear(x, layer.qkv)
+            for adapter, rows in adapters:
+                lora.add(qkv, x, adapter.qkv, rows)
+            attended = self._attention(cache, qkv, cos, sin, batch)
             hidden = torch.addmm(hidden, attended, layer.output.t())
             for adapter, rows in adapters:
                 lora.add(hidden, attended, adapter.output, rows)
@@ -86,20 +88,8 @@ class Llama:
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, (self.config.hidden_size,), weight, self.config.rms_norm_eps)
 
-    def _attention(
-        self,
-        layer: LayerWeights,
-        cache: Tensor,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        batch: FlatBatch,
-        adapters: list[tuple[LayerAdapter, Tensor | None]],
-    ) -> Tensor:
+    def _attention(self, cache: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, batch: FlatBatch) -> Tensor:
         config = self.config
-        qkv = F.linear(x, layer.qkv)
-        for adapter, rows in adapters:
-            lora.add(qkv, x, adapter.qkv, rows)
         heads = qkv.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         rotated = heads[:, : config.num_heads + config.num_kv_heads]
         # RoPE as x * cos + swap_halves(x) * sin, in place; the table's sine carries the sign of the first half.

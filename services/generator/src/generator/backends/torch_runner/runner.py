@@ -76,7 +76,7 @@ class TorchRunner:
 
     def read_adapter(self, files: AdapterFiles) -> LoraWeights:
         """See Runner.read_adapter."""
-        return read_lora(files, self._llama.config, self._llama.dtype)
+        return read_lora(files, self._llama.config)
 
     def execute(self, step: list[Work]) -> list[Outcome]:
         """See Runner.execute."""
