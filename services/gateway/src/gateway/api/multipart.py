@@ -26,6 +26,9 @@ async def read_form(request: Request, max_bytes: int, fields: Sequence[str]) -> 
                 )
             yield piece
 
+    media_type = request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
+    if media_type != "multipart/form-data":
+        raise PlatformError(Code.UNSUPPORTED_MEDIA_TYPE, "send the file as multipart/form-data", param="content-type")
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         raise PlatformError(
             Code.UNSUPPORTED_MEDIA_TYPE, "send the body without content-encoding", param="content-encoding"
