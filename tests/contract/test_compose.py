@@ -143,6 +143,8 @@ def test_a_service_is_told_what_its_settings_ask_for(service, env_file, monkeypa
         settings = _settings(service)()
     except ValidationError as error:
         pytest.fail(f"docker-compose.yml: {service}: {error}")
+    fields = {name.removeprefix(prefix).lower() for name in told if name.startswith(prefix)}
+    assert fields <= set(type(settings).model_fields), "a variable that nothing reads"
     assert settings.host == "0.0.0.0"
     assert settings.log_format == "json"
     foreign = {name for name in told if name.startswith(tuple(f"{s.upper()}_" for s in SERVICES if s != service))}
