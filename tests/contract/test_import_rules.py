@@ -70,6 +70,13 @@ def test_chassis_does_not_know_the_contracts():
     assert _offenders(_src("libs", "chassis"), lambda target: within(target, "contracts", "pressroom")) == []
 
 
+def test_the_load_test_measures_from_outside():
+    """It knows the system by its HTTP interface alone, and runs against any that speaks it."""
+    paths = [p for p in python_files(ROOT / "loadtest") if "tests" not in p.parts]
+    assert paths
+    assert _offenders(paths, lambda target: within(target, *SERVICES, *LIBS, "pressroom")) == []
+
+
 def test_nobody_imports_relatively():
     every = [p for kind, names in (("services", SERVICES), ("libs", LIBS)) for n in names for p in _src(kind, n)]
     assert _offenders(every, lambda target: target.startswith(".")) == []

@@ -108,9 +108,7 @@ async def test_the_adapter_is_in_pefts_format_and_names_no_path(tmp_path: Path, 
     assert str(tmp_path) not in (adapter / "adapter_config.json").read_text()
     weights = load_file(adapter / "adapter_model.safetensors")
     assert len(weights) == 2 * 7 * 2, "A and B of seven layers in two blocks"
-    assert any(weight.any() for name, weight in weights.items() if "lora_B" in name), (
-        "B begins at zero, and has learned"
-    )
+    assert any(weight.any() for name, weight in weights.items() if "lora_B" in name), "B begins at zero and learns"
     losses = [loss for _, loss, _ in steps_of(run)]
     assert losses[-1] < losses[0]
 

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 Closer = Callable[[], Awaitable[None]]
 _POLL_S = 0.5
+# A name of gRPC health that says no more than that the process has started and its event loop turns. The other names
+# follow readiness: whoever restarted a process by them would kill it because a neighbour is away.
+LIVENESS = "liveness"
 
 
 class _HttpServer(uvicorn.Server):
@@ -119,7 +122,7 @@ class App:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
-        self._grpc = rpc.make_server(self.name)
+        self._grpc = rpc.make_server(self.name, self._settings.max_connection_age_s)
         self._health = health.aio.HealthServicer()
         http = self._make_http_server()
         http_task = self.spawn("http", self._serve_http(http))
@@ -140,6 +143,7 @@ class App:
 
     async def _set_up(self, setup: Callable[["App"], Awaitable[None]]) -> None:
         await setup(self)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (*self._servicers, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)

@@ -4,6 +4,7 @@ A client call is one `async with call(...)` block; a servicer raises PlatformErr
 """
 
 import asyncio
+import ipaddress
 import logging
 import string
 import time
@@ -39,6 +40,12 @@ _CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_reconnect_backoff_ms", 1_000),  # a service that was restarted is found again within a second
     ("grpc.enable_retries", 0),  # retries are a decision of the caller, with a budget; never hidden here
 ]
+# A name may stand for several replicas, as a headless Service of Kubernetes does: calls go round them, and whoever lost
+# one asks the name again within a second, where gRPC's default waits 30. An address stands for one server alone.
+_NAME_OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.lb_policy_name", "round_robin"),
+    ("grpc.dns_min_time_between_resolutions_ms", 1_000),
+]
 _SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -48,8 +55,20 @@ _SERVER_OPTIONS: list[tuple[str, int]] = [
 
 
 def connect(address: str) -> grpc.aio.Channel:
-    """Opens a channel to "host:port". Does not block; connects on first use. The caller closes it."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    """Opens a channel to "host:port". Does not block; connects on first use. The caller closes it.
+
+    Where host is a name with several addresses, calls are spread over all of them.
+    """
+    return grpc.aio.insecure_channel(address, options=[*_CHANNEL_OPTIONS, *([] if _is_ip(address) else _NAME_OPTIONS)])
+
+
+def _is_ip(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(slots=True)
@@ -108,9 +127,13 @@ def from_rpc_error(error: grpc.aio.AioRpcError, name: str) -> PlatformError:
     return PlatformError(code, message or f"{service} failed")
 
 
-def make_server(service: str) -> grpc.aio.Server:
-    """Makes a server whose handlers run inside `ServerInterceptor`; the caller adds servicers and a port."""
-    return grpc.aio.server(interceptors=[ServerInterceptor(service)], options=_SERVER_OPTIONS)
+def make_server(service: str, max_connection_age_s: float | None = None) -> grpc.aio.Server:
+    """Makes a server whose handlers run inside `ServerInterceptor`; the caller adds servicers and a port.
+
+    max_connection_age_s: age at which a client is asked to connect anew; the calls that run on the old one go on.
+    """
+    age = [] if max_connection_age_s is None else [("grpc.max_connection_age_ms", int(max_connection_age_s * 1000))]
+    return grpc.aio.server(interceptors=[ServerInterceptor(service)], options=[*_SERVER_OPTIONS, *age])
 
 
 class ServerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]

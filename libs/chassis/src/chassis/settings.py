@@ -26,6 +26,9 @@ class ServiceSettings(BaseSettings):
     log_format: Literal["json", "text", "auto"] = Field("auto", description="auto: text on a terminal, JSON elsewhere.")
     trace_dir: Path | None = Field(None, description="Folder of the local span store; none keeps no spans.")
     otlp_endpoint: str | None = Field(None, description="OTLP gRPC endpoint of a collector; takes trace_dir's place.")
+    max_connection_age_s: float | None = Field(
+        None, ge=1, le=86_400, description="Seconds until a gRPC client must connect anew and finds new replicas."
+    )
     shutdown_grace_s: float = Field(10.0, gt=0, le=600, description="Seconds that running requests get after SIGTERM.")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 # Since 1.29 the runtime sends statistics of its use, natively, unless this stands before its import.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+os.environ |= {"ORT_DISABLE_TELEMETRY": "1"}
 import onnxruntime
 
 from chassis.errors import Code, PlatformError

@@ -33,8 +33,8 @@ class Ended:
 class ChildProcesses:
     """One child at a time is the caller's business."""
 
-    def __init__(self, command: Sequence[str] = _COMMAND) -> None:
-        self._command = tuple(command)
+    def __init__(self, command: Sequence[str] = ()) -> None:
+        self._command = tuple(command) or _COMMAND
 
     async def run(self, folder: RunFolder, on_message: Callable[[ChildMessage], Awaitable[None]]) -> Ended:
         """See Trainings.run. Its standard input stays open: the child ends when it closes."""
