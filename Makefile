@@ -7,7 +7,7 @@ CHECKED := libs services tests tools
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up down test test-fast unit-gateway unit-rest lint models protos
+.PHONY: checks-env help setup up down test test-fast unit-gateway unit-rest lint models protos
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,7 +35,10 @@ lint: setup ## Style and types
 	$(VENV)/ruff format --check $(CHECKED)
 	$(VENV)/mypy $(SRC)
 
-test: setup models lint ## Everything: lint, unit, contract, integration, and end to end through the running system
+checks-env: ## Make the environment of the tools that check k8s/ (.venv-checks)
+	@$(PYTHON) tools/checks_env.py
+
+test: setup models checks-env lint ## Everything: lint, unit, contract, integration, and end to end through the running system
 	$(VENV)/python -m pytest -m "not e2e"
 	$(VENV)/python -m pytest -m e2e
 
