@@ -3,8 +3,8 @@
 
 usage: python3 tools/checks_env.py        (make checks-env; ends at once when nothing has changed)
 
-An environment of its own: checkov pins a hundred packages, some of them years old, and the services need others. About a
-minute and 460 MB, of which kubernetes-validate's schemas and numpy are half.
+An environment of its own: checkov pins a hundred packages, some of them years old, and the services need others. One to
+two minutes and 460 MB, of which kubernetes-validate's schemas and numpy are nearly half.
 """
 
 from __future__ import annotations  # an old python3 must get as far as the message that it is too old
@@ -31,7 +31,9 @@ def main() -> int:
     """Makes or mends the environment; the stamp is written last, so that what was interrupted is made again."""
     if sys.version_info < OLDEST_PYTHON:
         oldest = ".".join(map(str, OLDEST_PYTHON))
-        print(f"python3 is {sys.version.split()[0]}, {oldest} is needed: make PYTHON=python{oldest} test", file=sys.stderr)
+        print(
+            f"python3 is {sys.version.split()[0]}, {oldest} is needed: make PYTHON=python{oldest} test", file=sys.stderr
+        )
         return 1
     with LOCK.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second run waits for the first
@@ -58,7 +60,12 @@ def _run(command: list[str], next_step: str) -> bool:
     """Runs one step; on failure prints the end of what it said and the next thing to do."""
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=STEP_TIMEOUT_S
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=STEP_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
         print(f"failed: no end after {STEP_TIMEOUT_S} s. {next_step}", file=sys.stderr)
