@@ -1,5 +1,6 @@
 """The manifests before public checks: the schemas of Kubernetes, strictly, and checkov. And that these can fail."""
 
+import copy
 import json
 import re
 
@@ -63,8 +64,8 @@ def test_prod_names_every_image_by_its_digest(render):
 
 
 def test_checkov_would_find_a_container_that_runs_as_root(render, tmp_path):
-    pod = render("prod").named("StatefulSet", "gateway")
-    pod["spec"]["template"]["spec"]["securityContext"]["runAsNonRoot"] = False
+    pod = copy.deepcopy(render("prod").named("StatefulSet", "gateway"))
+    pod["spec"]["template"]["spec"]["securityContext"] = {"runAsUser": 0}
     pod["spec"]["template"]["spec"]["containers"][0]["securityContext"]["privileged"] = True
     bad = tmp_path / "bad.yaml"
     bad.write_text(yaml.safe_dump(pod))
