@@ -7,8 +7,8 @@ CHECKED := libs services loadtest tests tools
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up down test test-fast unit-gateway unit-rest lint models protos compose-env loadtest bench-load \
-	bench-colocation
+.PHONY: help setup checks-env up down test test-fast unit-gateway unit-rest lint models protos compose-env loadtest \
+	bench-load bench-colocation
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,7 +39,10 @@ lint: setup ## Style and types
 	$(VENV)/ruff format --check $(CHECKED)
 	$(VENV)/mypy $(SRC)
 
-test: setup models lint ## Everything: lint, unit, contract, integration, and end to end through the running system
+checks-env: ## Make the environment of the tools that check k8s/ (.venv-checks)
+	@$(PYTHON) tools/checks_env.py
+
+test: setup models checks-env lint ## Everything: lint, unit, contract, integration, and end to end through the running system
 	$(VENV)/python -m pytest -m "not e2e"
 	$(VENV)/python -m pytest -m e2e
 

@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         _write(folder / f"{name}.env", {key: had.get(key) or make() for key, make in makers.items()})
     if needs_milvus and told.milvus_uri:
         _write(folder / "milvus.env", {"MILVUS_URI": told.milvus_uri})
-    print(f"{folder.relative_to(ROOT)}: {len(list(folder.glob('*.env')))} files; kubectl apply -k {overlay.relative_to(ROOT)}")
+    shown = overlay.relative_to(ROOT)
+    print(f"{shown}/secrets: {len(list(folder.glob('*.env')))} files; kubectl apply -k {shown} goes on from here")
     return 0
 
 

