@@ -1,16 +1,17 @@
 # The commands of Pressroom. Everything they need is set up by themselves.
 PYTHON ?= python3
 VENV := .venv/bin
-SRC := $(wildcard libs/*/src services/*/src)
-CHECKED := libs services tests tools
+SRC := $(wildcard libs/*/src services/*/src) loadtest
+CHECKED := libs services loadtest tests tools
 
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: checks-env help setup up down test test-fast unit-gateway unit-rest lint models protos
+.PHONY: help setup up down test test-fast unit-gateway unit-rest lint models protos compose-env loadtest bench-load \
+	bench-colocation checks-env
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Make the environment as the lock says
 	@$(PYTHON) libs/devstack/src/devstack/bootstrap.py
@@ -20,6 +21,9 @@ up: setup ## Start the system: environment, models, servers, services, sample co
 
 down: ## Stop what make up started, and nothing else
 	@if [ -x $(VENV)/python ]; then ./pressroom down; else echo "Nothing is running."; fi
+
+compose-env: ## Make the secrets that docker-compose.yml asks for: .env, kept if it is there
+	@$(PYTHON) tools/compose_env.py
 
 models: setup
 	@$(VENV)/python -m modelstore.prepare --store "$${PRESSROOM_HOME:-.pressroom}/models"
@@ -51,3 +55,20 @@ unit-gateway:
 
 unit-rest:
 	@$(VENV)/python -m pytest $(UNIT) --ignore=services/gateway
+
+# One of USERS=n, STEPS=1,2,4, TRACE=file or RATE=n; with DURATION=30s, TRAFFIC=chat|grounded|mixed, OUT=folder, PAGE=1,
+# and ARGS for everything else (ARGS=--help lists it). loadtest/README.md explains.
+LOAD := $(if $(USERS),--users $(USERS) --spawn-rate $(USERS) --run-time $(or $(DURATION),60s)) \
+	$(if $(USERS),,$(if $(DURATION),--run-time $(DURATION))) \
+	$(if $(TRACE),--arrivals trace --trace $(TRACE)) $(if $(RATE),--arrivals poisson --rate $(RATE)) \
+	$(if $(STEPS),--steps $(STEPS)) $(if $(STEP_TIME),--step-time $(STEP_TIME)) \
+	$(if $(TRAFFIC),--traffic $(TRAFFIC)) $(if $(OUT),--out $(OUT)) $(if $(PAGE),--page) $(ARGS)
+USUAL_LOAD := --steps 1,2,4,8,16,32
+
+loadtest: setup ## Load on what make up started: rows in CSV, one HTML report with the curves and the knee
+	@$(VENV)/python -m loadtest $(or $(strip $(LOAD)),$(USUAL_LOAD))
+
+bench-load: loadtest
+
+bench-colocation: setup models ## Chat's time per output token alone and beside a finetune, in pairs, and their ratio
+	@$(VENV)/python tools/bench_colocation.py $(ARGS)

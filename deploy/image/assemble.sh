@@ -12,7 +12,10 @@ runtime=/runtime
 
 if [ -d $venv ]; then
     for site in $venv/lib/python3*/site-packages; do
-        rm -rf "$site"/torch/include "$site"/torch/share "$site"/torch/bin "$site"/torch/test
+        rm -rf "$site"/torch/include "$site"/torch/share "$site"/torch/test
+        if [ -d "$site"/torch/bin ]; then # torch asks for this program at its import; the rest are its tests
+            find "$site"/torch/bin -mindepth 1 -maxdepth 1 ! -name torch_shm_manager -exec rm -rf {} +
+        fi
         # Only the packages' own test folders at their top and one below: some packages import what they call testing.
         rm -rf "$site"/*/tests "$site"/*/*/tests
         find "$site" \( -name '*.a' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.h' \) -type f -delete

@@ -143,6 +143,8 @@ def test_a_service_is_told_what_its_settings_ask_for(service, env_file, monkeypa
         settings = _settings(service)()
     except ValidationError as error:
         pytest.fail(f"docker-compose.yml: {service}: {error}")
+    fields = {name.removeprefix(prefix).lower() for name in told if name.startswith(prefix)}
+    assert fields <= set(type(settings).model_fields), "a variable that nothing reads"
     assert settings.host == "0.0.0.0"
     assert settings.log_format == "json"
     foreign = {name for name in told if name.startswith(tuple(f"{s.upper()}_" for s in SERVICES if s != service))}
@@ -219,3 +221,15 @@ def test_the_servers_tags_are_those_that_the_stand_ins_take():
     for name in ("nats", "valkey"):
         base = dockerfiles.read(ROOT / "deploy" / name / "Dockerfile")[0].base
         assert re.search(rf"{name}\.Dockerfile -t docker\.io/(?:library/)?{re.escape(base)} ", script), base
+
+
+def test_the_gpu_file_changes_embedder_and_generator_alone_to_what_they_know():
+    blocks = yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text())["services"]
+    assert set(blocks) == {"embedder", "generator"}
+    for service, block in blocks.items():
+        assert block["build"] == {"args": {"VARIANT": "gpu"}}
+        assert block["image"] == BLOCKS[service]["image"] + "-gpu", "one tag for both would serve the wrong one"
+        fields = {name.removeprefix(f"{service.upper()}_").lower() for name in block.get("environment", {})}
+        assert fields <= set(_settings(service).model_fields)
+        (device,) = block["deploy"]["resources"]["reservations"]["devices"]
+        assert device["driver"] == "nvidia" and device["capabilities"] == ["gpu"]

@@ -71,7 +71,7 @@ def test_bases_have_a_version_and_packages_have_hashes(path):
 def test_an_image_runs_one_process_without_root(folder):
     final = _final(folder)
     assert final.last("USER") == "10001:10001"
-    assert final.last("STOPSIGNAL") == "SIGTERM"
+    assert final.last("STOPSIGNAL") == ("SIGINT" if folder.name == "milvus" else "SIGTERM")
     assert final.command("ENTRYPOINT"), "the entry is in exec form, or signals end at a shell"
     titles = {key.removeprefix("org.opencontainers.image.") for key in final.labels()}
     assert titles >= {"title", "description", "version", "revision", "base.name"}
@@ -223,8 +223,15 @@ def test_the_gateway_stays_lean():
 @pytest.mark.parametrize("service", SERVICES)
 def test_an_image_sets_what_the_launcher_sets_for_every_process(service, tmp_path):
     wiring = topology.Wiring(topology.Home(tmp_path), {}, {}, {}, "INFO", 1, {})
-    expected = {k: v for k, v in topology._process_env(wiring, 1).items() if k.lower() != "no_proxy"}
-    tokenizes = "tokenizers" in _pinned(ROOT / f"services/{service}/requirements.txt")
-    if not tokenizes:
-        expected = {k: v for k, v in expected.items() if k not in ("TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE")}
+    held = _pinned(ROOT / f"services/{service}/requirements.txt")
+    readers = {
+        "TOKENIZERS_PARALLELISM": "tokenizers",
+        "HF_HUB_OFFLINE": "huggingface-hub",
+        "ORT_DISABLE_TELEMETRY": "onnxruntime",
+    }
+    expected = {
+        name: value
+        for name, value in topology._process_env(wiring, 1).items()
+        if name.lower() != "no_proxy" and readers.get(name, "protobuf") in held
+    }
     assert expected.items() <= _final(ROOT / "services" / service).env().items()

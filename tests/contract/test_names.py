@@ -149,7 +149,8 @@ def test_settings_have_the_services_prefix_and_say_what_each_field_means(service
 
 def test_no_module_has_a_name_that_says_nothing():
     banned = {"utils", "util", "helpers", "helper", "common", "manager", "misc"}
-    modules = [p for kind in ("services", "libs", "tests", "tools") for p in sources.python_files(ROOT / kind)]
+    kinds = ("services", "libs", "loadtest", "tests", "tools")
+    modules = [p for kind in kinds for p in sources.python_files(ROOT / kind)]
     assert [str(p.relative_to(ROOT)) for p in modules if banned & {p.stem, p.parent.name}] == []
 
 

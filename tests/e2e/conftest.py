@@ -142,7 +142,10 @@ class System:
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     home = tmp_path_factory.mktemp("system") / "home"
     home.mkdir()
-    (home / "models").symlink_to(_prepared_models())
+    (home / "models").mkdir()  # of its own: finetuned adapters are published into it
+    for model in _prepared_models().iterdir():
+        if model.name != "adapters":
+            (home / "models" / model.name).symlink_to(model)
     environ = os.environ | {"PRESSROOM_HOME": str(home), "PRESSROOM_PORT": "0"}
     running = System(home, environ)
     pids: list[int] = []

@@ -10,7 +10,7 @@ import pytest
 from testkit import eventually_sync
 
 CHAT, ENCODER, RAG = "smollm2-135m-instruct", "all-minilm-l6-v2", "rag"
-FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+FRANCE = [{"role": "user", "content": "Name the capital of France."}]
 
 
 def _running(system) -> float:

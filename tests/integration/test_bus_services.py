@@ -1,4 +1,4 @@
-"""Monitor, evaluator and trainer as real processes on a real bus: killed, away, and catching up."""
+"""Monitor and trainer as real processes on a real bus: killed, away, and catching up."""
 
 import pytest
 from pressroom.common.v1 import common_pb2
@@ -6,7 +6,7 @@ from pressroom.events.v1 import events_pb2
 
 import testkit
 from chassis.nats_bus import NatsBus
-from contracts.subjects import EVENTS_REQUEST_COMPLETED, JOBS_EVALUATE, JOBS_TRAIN, STREAMS, progress
+from contracts.subjects import EVENTS_REQUEST_COMPLETED, JOBS_TRAIN, STREAMS, progress
 from testkit.bus_suite import Recorder, consuming
 from testkit.processes import ServiceProcess
 
@@ -70,7 +70,6 @@ async def test_a_killed_monitor_catches_up_with_every_record_and_counts_none_twi
 @pytest.mark.parametrize(
     ("name", "subject", "job"),
     [
-        ("evaluator", JOBS_EVALUATE, events_pb2.EvaluateJob(job_id="job_e", model="rag", task="x")),
         ("trainer", JOBS_TRAIN, events_pb2.TrainJob(job_id="job_t", model="m")),
     ],
 )

@@ -25,6 +25,7 @@ from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
 from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.core.documents import Indexed, Library
+from gateway.core.finetuning import TunedModel
 from gateway.core.jobs import JobStatus, Report
 from gateway.core.keys import KeyRing
 from gateway.core.limits import LocalLimiter
@@ -63,6 +64,11 @@ class FakeMonitor:
         if self.answer is None:
             raise PlatformError(Code.UNAVAILABLE, "the monitor is away")
         return self.answer
+
+
+class FakeTuned:
+    async def tuned_of(self, tenant):
+        return [TunedModel(f"m:of-{tenant}", "m", is_published=True)]
 
 
 class Gateway:
@@ -107,7 +113,7 @@ async def gateway(tmp_path):
         jobs_router(jobs, control),
         search_router(retriever),
         admin_router(keys, SqliteLedger(database, outbox, events.request_completed)),
-        monitor_router(monitor),
+        monitor_router(monitor, FakeTuned()),
         later_router(),
     ):
         routes.include_router(router)
@@ -471,9 +477,17 @@ async def test_profiles_come_from_the_monitor_with_what_they_cover(gateway):
     refused(await gateway.get("/v1/monitor/profiles?limit=0"), 400, "limit")
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [("POST", "/v1/evaluations"), ("POST", "/v1/fine_tuning/jobs"), ("POST", "/v1/batches"), ("POST", "/v1/files")],
-)
+async def test_profiles_of_a_tuned_model_are_for_its_tenant_and_for_admins(gateway):
+    models = ["m", "m:of-acme", "m:of-others"]
+    gateway.monitor.answer = ProfileReport([Profile(model, 60, 30, 3, {}) for model in models], 1.0, 0, 0.0, 0)
+
+    async def seen(key=None):
+        return [row["model"] for row in (await gateway.get("/v1/monitor/profiles", key)).json()["data"]]
+
+    assert await seen() == ["m", "m:of-acme"]
+    assert await seen(ADMIN_KEY) == models
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/batches"), ("GET", "/v1/batches")])
 async def test_what_is_not_there_yet_says_so(gateway, method, path):
     assert refused(await gateway.send(method, path), 501)["code"] == "not_implemented"

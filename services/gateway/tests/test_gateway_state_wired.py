@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from pathlib import Path
 
 import httpx
 import pytest
@@ -12,7 +13,7 @@ from pressroom.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from pressroom.monitor.v1 import monitor_pb2, monitor_pb2_grpc
 from pressroom.retriever.v1 import retriever_pb2, retriever_pb2_grpc
 
-from chassis import context, rpc
+from chassis import context, rpc, telemetry
 from chassis.context import RequestContext
 from chassis.errors import Code, PlatformError
 from chassis.nats_bus import NatsBus
@@ -20,13 +21,18 @@ from contracts import subjects
 from gateway.api import errors
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, RateLimit
+from gateway.backends.embedder import GrpcEmbedder
+from gateway.backends.generator import GrpcGenerator
+from gateway.backends.graph_files import Services, assemble, read_graphs
+from gateway.backends.retriever import GrpcRetriever
 from gateway.core.ports import RequestRecord
-from gateway.state import open_state
+from gateway.state import Peers, open_state
 from testkit.servers import nats_server, valkey_server
 from testkit.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
+GRAPHS_DIR = Path(__file__).parents[1] / "src" / "gateway" / "graphs"
 KEY, ADMIN_KEY = "sk-boot-0123456789abcdef", "sk-admin-0123456789abcdef"
 
 
@@ -95,6 +101,8 @@ async def running(data_dir, nats_url, valkey_url):
         channel = await stack.enter_async_context(rpc.connect(await _served(stack, peers)))
         bus = NatsBus.connect(nats_url, "gateway", subjects.STREAMS)
         stack.push_async_callback(bus.close)
+        generator, embedder = GrpcGenerator(channel), GrpcEmbedder(channel)
+        services = Services(generator, embedder, GrpcRetriever(channel), telemetry.tracer().start_as_current_span)
         state = await open_state(
             data_dir=data_dir,
             key_pepper="pepper",
@@ -102,13 +110,16 @@ async def running(data_dir, nats_url, valkey_url):
             bootstrap_api_key=KEY,
             bootstrap_admin_key=ADMIN_KEY,
             max_upload_bytes=8 * 1024 * 1024,
+            max_tenant_upload_bytes=64 * 1024 * 1024,
+            request_timeout_s=30,
             bus=bus,
-            retriever=channel,
-            monitor=channel,
+            graphs=assemble(read_graphs(GRAPHS_DIR), services),
+            peers=Peers(generator, embedder, channel, channel, channel, channel),
         )
         stack.push_async_callback(state.close)
         own = rpc.make_server("gateway")
-        state.add_files_servicer(state.files_servicer, own)
+        for add_to_server, servicer, _ in state.servicers:
+            add_to_server(servicer, own)
         files = await stack.enter_async_context(rpc.connect(await _served(stack, own)))
         tasks = [asyncio.create_task(run()) for _, run in state.tasks]
         stack.push_async_callback(_stopped, tasks)

@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
 
 from chassis.errors import Code, PlatformError
+from generator.core.adapters import AdapterFiles
 from generator.core.engine import Engine
 from generator.core.events import Delta, Done, Event, Finished, FinishReason, Started, Summary
 from generator.core.requests import GenerationRequest, Grammar, SamplingParams, StopParams
@@ -74,10 +75,15 @@ async def _start(engine: Engine, request: GenerationRequest) -> tuple[TokenStrea
     return stream, events, collected
 
 
+MakeAdapter = Callable[[str, int], AdapterFiles]  # id and a seed for its weights
+
+
 class EngineSuite:
-    """Contract tests; a subclass provides the fixture `engine`: one that is started, of a context of 256 or more."""
+    """Contract tests. A subclass provides the fixtures `engine`, one that is started, of a context of 256 or more, and
+    `make_adapter`, which makes files that change what it says."""
 
     NUM_CANCELS = 20
+    NUM_LONG = 200  # tokens of a request that is still running when something else is done
 
     async def test_events_come_in_order_and_usage_is_exact(self, engine: Engine) -> None:
         got = await collect(engine, ask(most=9))
@@ -207,3 +213,96 @@ class EngineSuite:
         async for event in events:
             got.take(event)
         assert got.reasons[0] is FinishReason.LENGTH and len(got.tokens[0]) == 30
+
+    # Adapters.
+
+    async def test_an_adapter_answers_beside_the_base_and_leaves_it_alone(
+        self, engine: Engine, make_adapter: MakeAdapter
+    ) -> None:
+        base = await collect(engine, ask(most=16, logprobs=0))
+        assert "lora" in engine.model.capabilities and engine.adapters() == ()
+        files = make_adapter(f"{engine.model.id}:a", 1)
+        assert await engine.load_adapter(files) == files.spec and engine.adapters() == (files.spec,)
+        tuned = await collect(engine, ask(most=16, adapter=files.spec.id))
+        assert tuned.tokens[0] != base.tokens[0]
+        assert tuned.started is not None and tuned.started.model_version == files.spec.version
+        again = await collect(engine, ask(most=16, logprobs=0))
+        assert again.logprobs == base.logprobs  # to the last bit
+        assert again.started is not None and again.started.model_version == engine.model.version
+
+    async def test_base_and_adapters_together_equal_one_by_one(self, engine: Engine, make_adapter: MakeAdapter) -> None:
+        ids = ["", *(f"{engine.model.id}:{name}" for name in "abc")]
+        for seed, adapter_id in enumerate(ids[1:]):
+            await engine.load_adapter(make_adapter(adapter_id, seed))
+        requests = [ask(p, 12, adapter=ids[i % 4], logprobs=0) for i, p in enumerate(PROMPTS)]
+        alone = [await collect(engine, request) for request in requests]
+        together = await asyncio.gather(*(collect(engine, request) for request in requests))
+        assert [t.tokens[0] for t in together] == [a.tokens[0] for a in alone]
+        for one, other in zip(together, alone, strict=True):
+            expected = [score.logprob for score in other.logprobs[0]]
+            assert [score.logprob for score in one.logprobs[0]] == pytest.approx(expected, abs=2e-3)
+
+    async def test_prompt_logprobs_are_the_adapters_own(self, engine: Engine, make_adapter: MakeAdapter) -> None:
+        files = make_adapter(f"{engine.model.id}:a", 1)
+        await engine.load_adapter(files)
+        sampled = await collect(engine, ask(most=8, logprobs=0, adapter=files.spec.id))
+        whole = (*PROMPTS[0], *sampled.tokens[0])
+        request = ask(whole, prompt_logprobs=0, stop=StopParams(max_tokens=0))
+        scored, base = await collect(engine, replace(request, adapter=files.spec.id)), await collect(engine, request)
+        assert scored.started is not None and base.started is not None
+        found = [score.logprob for score in scored.started.prompt_logprobs]
+        assert found[-8:] == pytest.approx([score.logprob for score in sampled.logprobs[0]], abs=2e-3)
+        assert found != pytest.approx([score.logprob for score in base.started.prompt_logprobs], abs=2e-3)
+
+    async def test_the_same_adapter_again_is_answered_at_once(self, engine: Engine, make_adapter: MakeAdapter) -> None:
+        files = make_adapter(f"{engine.model.id}:a", 1)
+        await engine.load_adapter(files)
+        tokens = engine.stats().completion_tokens_total
+        assert await engine.load_adapter(files) == files.spec
+        assert engine.stats().completion_tokens_total == tokens  # no second probe
+
+    async def test_a_new_version_takes_over_and_what_runs_keeps_the_old(
+        self, engine: Engine, make_adapter: MakeAdapter
+    ) -> None:
+        old, new = make_adapter(f"{engine.model.id}:a", 1), make_adapter(f"{engine.model.id}:a", 2)
+        await engine.load_adapter(old)
+        request = ask(most=self.NUM_LONG, adapter=old.spec.id)
+        expected = await collect(engine, request)
+        _, events, running = await _start(engine, request)
+        await engine.load_adapter(new)
+        after = await collect(engine, replace(request, stop=StopParams(max_tokens=16, ignore_eos=True)))
+        async for event in events:
+            running.take(event)
+        assert running.tokens == expected.tokens
+        assert running.started is not None and running.started.model_version == old.spec.version
+        assert after.started is not None and after.started.model_version == new.spec.version
+        assert after.tokens[0] != expected.tokens[0][:16] and engine.adapters() == (new.spec,)
+
+    async def test_an_unload_waits_for_what_runs_and_refuses_what_comes(
+        self, engine: Engine, make_adapter: MakeAdapter
+    ) -> None:
+        files = make_adapter(f"{engine.model.id}:a", 1)
+        await engine.load_adapter(files)
+        _, events, running = await _start(engine, ask(most=self.NUM_LONG, adapter=files.spec.id))
+        unloading = asyncio.create_task(engine.unload_adapter(files.spec.id))
+        await asyncio.sleep(0)
+        with pytest.raises(PlatformError) as raised:
+            engine.submit(ask(adapter=files.spec.id), lambda _: None)
+        assert raised.value.code is Code.NOT_FOUND and not unloading.done()
+        async for event in events:
+            running.take(event)
+        await unloading
+        assert running.reasons[0] is FinishReason.LENGTH and len(running.tokens[0]) == self.NUM_LONG
+        with pytest.raises(PlatformError) as raised:
+            await engine.unload_adapter(files.spec.id)
+        assert raised.value.code is Code.NOT_FOUND
+
+    async def test_a_damaged_adapter_changes_nothing(self, engine: Engine, make_adapter: MakeAdapter) -> None:
+        good = make_adapter(f"{engine.model.id}:a", 1)
+        await engine.load_adapter(good)
+        worse = make_adapter(f"{engine.model.id}:a", 2)
+        with pytest.raises(PlatformError) as raised:
+            await engine.load_adapter(replace(worse, tensors=b""))
+        assert raised.value.code is Code.DATA_LOSS and not raised.value.retryable
+        assert engine.adapters() == (good.spec,)
+        assert (await collect(engine, ask(adapter=good.spec.id))).reasons[0] is FinishReason.LENGTH

@@ -4,10 +4,11 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import lora_files
 import pytest
 import tiny_llama
 import torch
-from engine_suite import EngineSuite, ask
+from engine_suite import EngineSuite, MakeAdapter, ask
 from safetensors.torch import load_file
 
 from chassis.errors import Code, PlatformError
@@ -36,6 +37,10 @@ def runner(folder: Path) -> TorchRunner:
 
 
 class TestTinyTorchEngine(EngineSuite):
+    @pytest.fixture
+    def make_adapter(self) -> MakeAdapter:
+        return lambda adapter_id, seed: lora_files.files(adapter_id, tiny_llama.CONFIG, seed)
+
     @pytest.fixture
     async def engine(self, runner: TorchRunner) -> AsyncIterator[BatchingEngine]:
         blocks = BlockManager(runner.num_blocks, runner.block_size)

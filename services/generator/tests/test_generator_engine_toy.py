@@ -4,11 +4,13 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator
 
+import lora_files
 import pytest
-from engine_suite import PROMPTS, EngineSuite, ask, collect
+from engine_suite import PROMPTS, EngineSuite, MakeAdapter, ask, collect
 
 from chassis.errors import Code, PlatformError
 from generator.backends.toy import ByteTokenizer, ToyRunner
+from generator.core.adapters import AdapterFiles, AdapterLimits
 from generator.core.batching import BatchingEngine
 from generator.core.blocks import BlockManager
 from generator.core.engine import OutOfMemory
@@ -22,18 +24,33 @@ BLOCK_SIZE = 4
 CONTEXT = 256
 
 
-def make_engine(runner: ToyRunner | None = None, num_blocks: int = 400, **limits: int) -> BatchingEngine:
+def make_engine(
+    runner: ToyRunner | None = None,
+    num_blocks: int = 400,
+    adapter_limits: AdapterLimits = AdapterLimits(),
+    **limits: int,
+) -> BatchingEngine:
     engine = BatchingEngine(
         runner or ToyRunner(num_blocks, BLOCK_SIZE, CONTEXT),
         ByteTokenizer(),
         BlockManager(num_blocks, BLOCK_SIZE),
         SchedulerLimits(**limits),
+        adapter_limits,
     )
     engine.start()
     return engine
 
 
+def toy_adapter(adapter_id: str, seed: int) -> AdapterFiles:
+    content = f"weights {seed}".encode()
+    return AdapterFiles(lora_files.spec(adapter_id, content), b"{}", content)
+
+
 class TestToyEngine(EngineSuite):
+    @pytest.fixture
+    def make_adapter(self) -> MakeAdapter:
+        return toy_adapter
+
     @pytest.fixture
     async def engine(self) -> AsyncIterator[BatchingEngine]:
         engine = make_engine()

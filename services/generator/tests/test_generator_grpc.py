@@ -20,6 +20,7 @@ from generator.api.grpc import GeneratorServicer
 from generator.backends.toy import ByteTokenizer, ToyRunner
 from generator.core.batching import BatchingEngine
 from generator.core.blocks import BlockManager
+from generator.core.library import AdapterLibrary
 from generator.core.scheduler import SchedulerLimits
 from testkit import eventually
 
@@ -37,7 +38,7 @@ async def engine() -> AsyncIterator[BatchingEngine]:
 @pytest.fixture
 async def stub(engine: BatchingEngine) -> AsyncIterator[Stub]:
     server = rpc.make_server("generator")
-    servicer = GeneratorServicer(engine, ByteTokenizer())
+    servicer = GeneratorServicer(engine, AdapterLibrary(engine, None), ByteTokenizer())
     generator_pb2_grpc.add_GeneratorServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -168,23 +169,13 @@ async def test_a_cancel_that_cannot_be_read_does_no_harm(engine: BatchingEngine)
     await consumers.make_cancel_handler(engine)(Received("s", b"\xff\xff", "m", 1, {}))
 
 
-async def test_a_published_model_that_cannot_be_read_is_a_dead_letter() -> None:
-    with pytest.raises(PlatformError) as raised:
-        await consumers.on_model_published(Received("s", b"\xff\xff", "m", 1, {}))
-    assert not raised.value.retryable
-
-
-async def test_models_and_adapters(stub: Stub) -> None:
+async def test_the_base_is_listed_and_tokenized_for(stub: Stub) -> None:
     (model,) = (await stub.ListModels(pb.ListModelsRequest())).models
     assert (model.id, model.base, model.context_length) == ("toy", "toy", 4096)
-    assert "lora" not in model.capabilities and "prompt_logprobs" in model.capabilities
-    for method, request in (
-        (stub.LoadAdapter, pb.LoadAdapterRequest(adapter="toy:a")),
-        (stub.UnloadAdapter, pb.UnloadAdapterRequest(adapter="toy:a")),
-    ):
-        with pytest.raises(grpc.aio.AioRpcError) as raised:
-            await method(request)
-        assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert {"lora", "prompt_logprobs"} <= set(model.capabilities)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        await stub.Tokenize(pb.TokenizeRequest(model="toy:none", text="x"))
+    assert raised.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def test_stats_count_tokens(stub: Stub) -> None:

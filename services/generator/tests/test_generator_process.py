@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import lora_files
 import pytest
 from pressroom.events.v1 import events_pb2
 from pressroom.generator.v1 import generator_pb2 as pb
@@ -20,6 +21,7 @@ from chassis.bus import StreamSpec
 from chassis.context import RequestContext
 from chassis.nats_bus import NatsBus
 from contracts import subjects
+from modelstore import Manifest
 from testkit import eventually
 from testkit.processes import ServiceProcess
 
@@ -109,13 +111,78 @@ async def test_a_cancel_over_the_bus_ends_the_stream(service: ServiceProcess, na
             )
             messages = [message async for message in events]
         assert messages[-2].finished.reason == pb.FINISH_REASON_CANCELLED
-        published = events_pb2.ModelPublished(id=f"{MODEL}:new", base=MODEL).SerializeToString()
-        await bus.publish(subjects.EVENTS_MODEL_PUBLISHED, published, message_id="one")
-        await eventually(
-            lambda: service.log_lines("published model not loaded: adapters are not supported yet"), timeout_s=20
-        )
     finally:
         await bus.close()
+
+
+def _publish(store: Path, job_id: str, seed: int, **config: str) -> events_pb2.ModelPublished:
+    """Lays a small random adapter of the real model into a store; returns what the trainer would tell of it."""
+    base = Manifest.load(store / MODEL)
+    shape = json.loads((store / MODEL / "config.json").read_text())
+    files = lora_files.files(f"{MODEL}:test", shape, seed, modules=("q_proj", "v_proj", "down_proj"))
+    sha256 = lora_files.publish(store, job_id, files, base.version, created_unix_s=seed, **config)
+    return events_pb2.ModelPublished(
+        id=files.spec.id, base=MODEL, path=f"adapters/{job_id}", manifest_sha256=sha256, job_id=job_id
+    )
+
+
+async def _answer(stub: generator_pb2_grpc.GeneratorServiceStub, adapter: str = "") -> tuple[str, list[int]]:
+    """Returns the version that answered, and the tokens of its answer."""
+    request = _request(12, ignore_eos=True)
+    request.adapter = adapter
+    messages = [message async for message in stub.Generate(request, timeout=60)]
+    return messages[0].started.model_version, [t for m in messages for t in m.delta.token_ids]
+
+
+async def test_an_adapter_comes_by_rpc_and_by_event_and_outlives_a_restart(
+    model_store: Path, nats_url: str, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(model_store / MODEL, store / MODEL, copy_function=os.link)
+    process = ServiceProcess(
+        "generator", _settings(store / MODEL, nats_url) | {"STORE_DIR": store, "INSTANCE": "adapters"}
+    )
+    streams = [StreamSpec(s.name, s.subjects, s.retention, s.max_age_s, s.max_bytes) for s in subjects.STREAMS]
+    bus = NatsBus.connect(nats_url, "test", streams)
+    try:
+        await asyncio.to_thread(process.start)
+        first = _publish(store, "ftjob-1", 1)
+        async with rpc.connect(process.address) as channel:
+            stub = generator_pb2_grpc.GeneratorServiceStub(channel)
+            base = await _answer(stub)
+            loaded = await stub.LoadAdapter(
+                pb.LoadAdapterRequest(adapter=first.id, path=first.path, manifest_sha256=first.manifest_sha256),
+                timeout=60,
+            )
+            tuned = await _answer(stub, first.id)
+            assert tuned[0] == loaded.model.version == first.manifest_sha256[:12] and tuned[1] != base[1]
+            assert await _answer(stub) == base
+
+            foreign, second = _publish(store, "ftjob-0", 3, base="llama"), _publish(store, "ftjob-2", 2)
+            await eventually(lambda: bus.connected)
+            for event in (foreign, second):
+                await bus.publish(subjects.EVENTS_MODEL_PUBLISHED, event.SerializeToString(), message_id=event.job_id)
+
+            async def answers_with_the_second() -> bool:
+                return (await _answer(stub, first.id))[0] == second.manifest_sha256[:12]
+
+            await eventually(answers_with_the_second, timeout_s=60)
+            assert process.log_lines("published adapter is not for this base")
+            swapped = await _answer(stub, first.id)
+            assert swapped[1] != tuned[1] and await _answer(stub) == base
+        assert process.metric("pressroom_loaded_adapters") == 1
+        assert process.metric("pressroom_adapter_loads_total", outcome="loaded") == 2
+        assert process.metric("pressroom_tokens_total", model=first.id, kind="completion") >= 24
+
+        process.kill9()
+        (store / "adapters" / "ftjob-1" / "adapter_model.safetensors").write_bytes(b"damaged meanwhile")
+        await asyncio.to_thread(process.start)
+        async with rpc.connect(process.address) as channel:
+            stub = generator_pb2_grpc.GeneratorServiceStub(channel)
+            assert await _answer(stub, first.id) == swapped and await _answer(stub) == base
+    finally:
+        await bus.close()
+        process.close()
 
 
 async def test_sigterm_finishes_what_runs_and_exits_cleanly(model_store: Path, nats_url: str) -> None:

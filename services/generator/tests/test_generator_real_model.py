@@ -4,12 +4,14 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lora_files
 import pytest
 import torch
-from engine_suite import EngineSuite, ask, collect
+from engine_suite import EngineSuite, MakeAdapter, ask, collect
 
 from generator.backends.hf_tokenizer import HfTokenizer
 from generator.backends.torch_runner import TorchRunner, make_runner
@@ -73,6 +75,13 @@ class TestSmolLM2Engine(EngineSuite):
     """The contract on the real model."""
 
     NUM_CANCELS = 5
+    NUM_LONG = 48
+
+    @pytest.fixture
+    def make_adapter(self, folder: Path) -> MakeAdapter:
+        config = json.loads((folder / "config.json").read_text())
+        modules = ("q_proj", "v_proj", "down_proj")
+        return lambda adapter_id, seed: lora_files.files(adapter_id, config, seed, modules=modules)
 
 
 def _prompt(tokenizer: HfTokenizer, question: str) -> tuple[int, ...]:
@@ -108,6 +117,34 @@ async def test_prompt_logprobs_are_those_of_transformers(
         assert score.logprob == pytest.approx(expected[position, prompt[position + 1]].item(), abs=1e-3)
         best = expected[position].topk(3).values.tolist()
         assert [value for _, value in score.top] == pytest.approx(best, abs=1e-3)
+
+
+async def test_an_adapters_prompt_logprobs_are_those_of_peft(
+    folder: Path, engine: BatchingEngine, tokenizer: HfTokenizer, reference: Any, tmp_path: Path
+) -> None:
+    """fp32 on both sides: 2e-3, while the adapter moves them by more than 0.5."""
+    from peft import PeftModel
+
+    config = json.loads((folder / "config.json").read_text())
+    files = lora_files.files(f"{MODEL_ID}:peft", config, 3, rank=8, strength=0.05)
+    fields = {"task_type": "CAUSAL_LM", "target_modules": list(lora_files.MODULES)}
+    (tmp_path / "adapter_config.json").write_bytes(lora_files.config_json(8, **fields))
+    (tmp_path / "adapter_model.safetensors").write_bytes(files.tensors)
+    await engine.load_adapter(replace(files, config=(tmp_path / "adapter_config.json").read_bytes()))
+
+    prompt = _prompt(tokenizer, QUESTIONS[2])
+    request = ask(prompt, prompt_logprobs=0, stop=StopParams(max_tokens=0))
+    tuned, base = await collect(engine, replace(request, adapter=files.spec.id)), await collect(engine, request)
+    model = PeftModel.from_pretrained(reference, tmp_path).eval()
+    try:
+        with torch.inference_mode():
+            scores = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    finally:
+        model.unload()  # the reference is the other tests' too
+    assert tuned.started is not None and base.started is not None
+    found = [score.logprob for score in tuned.started.prompt_logprobs]
+    assert found == pytest.approx([scores[i, token].item() for i, token in enumerate(prompt[1:])], abs=2e-3)
+    assert max(abs(a - b.logprob) for a, b in zip(found, base.started.prompt_logprobs, strict=True)) > 0.5
 
 
 def test_chats_render_as_transformers_does(folder: Path, tokenizer: HfTokenizer) -> None:

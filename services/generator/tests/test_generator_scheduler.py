@@ -8,7 +8,7 @@ from chassis.errors import Code, PlatformError
 from generator.core.blocks import BlockManager
 from generator.core.requests import GenerationRequest
 from generator.core.scheduler import Scheduler, SchedulerLimits
-from generator.core.sequences import Sequence, Work
+from generator.core.sequences import MAX_OVERTAKEN, Sequence, Work
 
 BLOCK_SIZE = 4
 
@@ -58,6 +58,7 @@ def test_any_load_ends_in_order_and_gives_all_blocks_back(data: st.DataObject) -
         max_waiting=100,
         max_step_tokens=data.draw(st.integers(6, 40)),
         max_mixed_prefill_tokens=data.draw(st.integers(1, 16)),
+        max_background_tokens=data.draw(st.integers(1, 9)),
     )
     scheduler = Scheduler(blocks, limits)
     shapes = data.draw(
@@ -66,7 +67,7 @@ def test_any_load_ends_in_order_and_gives_all_blocks_back(data: st.DataObject) -
                 st.integers(0, 30),  # the step at which it comes
                 st.integers(1, context - 1),  # tokens of the prompt
                 st.integers(1, context - 1),  # tokens that it wants
-                st.integers(0, 1),  # priority
+                st.integers(-2, 1),  # priority
             ),
             min_size=1,
             max_size=12,
@@ -111,6 +112,11 @@ def _check_step(step: list[Work], scheduler: Scheduler, limits: SchedulerLimits)
         assert work.sequence in scheduler.running
     decodes = [w for w in step if w.num_tokens == 1 and w.samples]
     prefilled = sum(w.num_tokens for w in step if w not in decodes)
+    if any(not s.is_background for s in (*scheduler.running, *scheduler.waiting)):
+        background = sum(w.num_tokens for w in step if w.sequence.is_background)
+        patient = sum(1 for s in scheduler.running if s.is_background and not s.yields)
+        assert background <= limits.max_background_tokens + patient
+        prefilled = sum(w.num_tokens for w in step if w not in decodes and not w.sequence.is_background)
     assert prefilled <= limits.max_step_tokens
 
 
@@ -183,3 +189,74 @@ def test_a_full_queue_is_overloaded_and_takes_all_or_none() -> None:
         scheduler.add([_sequence(2, 1), _sequence(3, 1)])
     assert raised.value.code is Code.OVERLOADED and raised.value.retryable
     assert len(scheduler.waiting) == 2
+
+
+# The background: priorities below 0.
+
+
+def test_the_background_adds_one_row_for_each_sequence_that_decodes() -> None:
+    scheduler = Scheduler(BlockManager(50, BLOCK_SIZE), SchedulerLimits())
+    background = [_sequence(i, 5, priority=-1) for i in range(2)]
+    scheduler.add(background)
+    _compute(scheduler.schedule())
+    chat = _sequence(2, 20)
+    scheduler.add([chat])
+    assert scheduler.schedule()[-1] == Work(chat, 20)  # its prompt is not cut for the background's decodes
+    for _ in range(3):
+        _compute(scheduler.schedule())
+    step = scheduler.schedule()
+    assert step[0] == Work(chat, 1) and sorted(w.num_tokens for w in step) == [1, 1, 1]
+
+
+def test_a_prompt_of_the_background_goes_in_small_pieces_beside_others_and_whole_alone() -> None:
+    limits = SchedulerLimits(max_background_tokens=3)
+    scheduler = Scheduler(BlockManager(50, BLOCK_SIZE), limits)
+    chat, background = _sequence(0, 5, most=4), _sequence(1, 40, priority=-1)
+    scheduler.add([chat])
+    _compute(scheduler.schedule())
+    scheduler.add([background])
+    pieces = []
+    while chat in scheduler.running:
+        step = scheduler.schedule()
+        assert step[0] == Work(chat, 1)
+        pieces += [w.num_tokens for w in step[1:]]
+        for done in _compute(step):
+            scheduler.remove(done)
+    assert pieces == [3, 3, 3] and scheduler.schedule() == [Work(background, 31)]
+
+
+def test_the_background_makes_room_for_others_and_goes_on_later() -> None:
+    for blocks, limits in ((4, SchedulerLimits()), (50, SchedulerLimits(max_running=1))):
+        scheduler = Scheduler(BlockManager(blocks, BLOCK_SIZE), limits)
+        background, chat = _sequence(0, 13, most=3, priority=-1), _sequence(1, 5, most=2)
+        scheduler.add([background])
+        _compute(scheduler.schedule())
+        scheduler.add([chat])
+        step = scheduler.schedule()
+        assert [w.sequence for w in step] == [chat] and scheduler.waiting == [background]
+        ended: list[Sequence] = []
+        while scheduler.running or scheduler.waiting:
+            done = _compute(step)
+            for sequence in done:
+                scheduler.remove(sequence)
+            ended += done
+            step = scheduler.schedule()
+        assert ended == [chat, background] and scheduler.blocks.num_used == 0
+
+
+def test_only_so_many_are_let_past_the_background() -> None:
+    """Chats without end, one at a time in a batch of one: the background still gets its turn, once, and finishes."""
+    scheduler = Scheduler(BlockManager(50, BLOCK_SIZE), SchedulerLimits(max_running=1))
+    background = _sequence(0, 30, most=4, priority=-1)
+    scheduler.add([_sequence(1, 5, most=2)])
+    _compute(scheduler.schedule())
+    scheduler.add([background])
+    ended: list[int] = []
+    for number in range(2, 400):
+        if len(scheduler.waiting) < 3:
+            scheduler.add([_sequence(number, 5, most=2)])
+        for done in _compute(scheduler.schedule()):
+            scheduler.remove(done)
+            ended.append(done.arrival)
+    assert MAX_OVERTAKEN <= ended.index(0) <= MAX_OVERTAKEN + 3
+    assert background.num_preemptions == 0

@@ -117,3 +117,14 @@ def test_odd_texts_are_profiled_like_any_other(found: dict[str, Any]) -> None:
     means = [one["response.lexicon_count"]["mean"] for one in found["one_by_one"]]
     assert together["mean"] == pytest.approx(sum(means) / len(means))
     assert found["together"]["prompt.lexicon_count"]["count"] == 3 + len(ODD) - 1
+
+
+def test_the_worker_may_not_use_the_network_whatever_a_library_tries() -> None:
+    script = (
+        "import socket; from monitor.backends.langkit_worker import forbid_network; forbid_network()\n"
+        "for reach, *target in ((socket.create_connection, ('127.0.0.1', 9)), (socket.getaddrinfo, 'localhost', 80)):\n"
+        "    try: reach(*target)\n"
+        "    except PermissionError as error: print('refused:', error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.count("refused: the profiler may not use the network") == 2

@@ -133,7 +133,7 @@ class Monitor:
     """The profiling over a real file, with a fake profiler and a clock of its own."""
 
     def __init__(self, path: Path, *, max_waiting: int = 100, idle_s: float = 60.0) -> None:
-        self._path, self._max_waiting, self._idle_s = path, max_waiting, idle_s
+        self.path, self._max_waiting, self._idle_s = path, max_waiting, idle_s
         self.profiler = FakeProfiler()
         self.registry = CollectorRegistry()
         self.now = 1_000.0
@@ -144,7 +144,7 @@ class Monitor:
         await self.open()
 
     async def open(self) -> None:
-        self.store = await SqliteProfiles.open(self._path, max_waiting=self._max_waiting)
+        self.store = await SqliteProfiles.open(self.path, max_waiting=self._max_waiting)
         gauges = PrometheusCounters(self.registry)
         self.profiling = Profiling(
             self.store, self.store, self.profiler, gauges, kept_s=600, idle_s=self._idle_s, unix_time=lambda: self.now
@@ -271,6 +271,17 @@ async def test_windows_that_are_too_old_are_forgotten_and_late_records_of_theirs
     await monitor.work_off()
     assert [p.window_start_unix_s for p in await monitor.store.newest(None, 10)] == [1_680]
     assert await monitor.store.prune(0, 0) == 1, "the number of profiles is bounded too"
+
+
+async def test_a_text_is_gone_from_the_disk_once_it_is_profiled(monitor: Monitor) -> None:
+    def on_disk() -> bool:
+        return any(b"Rumpelstiltskin" in path.read_bytes() for path in monitor.path.parent.iterdir())
+
+    await monitor.admit("a", "Rumpelstiltskin " * 300)
+    assert on_disk()
+    await monitor.work_off()
+    await monitor.store.prune(0, 100)
+    assert not on_disk()
 
 
 async def test_the_profiler_is_stopped_when_nothing_comes_and_works_when_something_does(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from retriever_fakes import FakeEncoder, FakeFiles, FakeIndex
 
 from chassis.bus import Received
 from chassis.errors import Code, PlatformError
+from chassis.jobs import MAX_DELIVER, MAX_DELIVER_OF_BUS, Cancellations
+from contracts.jobs import decode_cancel
 from contracts.subjects import CONTROL_REQUEST_CANCEL, EVENTS_DOCUMENT_INDEXED, JOBS_INGEST, PROGRESS_ALL
-from retriever.api.cancellations import Cancellations
-from retriever.api.consumers import MAX_DELIVER, MAX_DELIVER_OF_BUS, IngestWorker
+from retriever.api.consumers import IngestWorker
 from retriever.backends.extraction.runner import BoundedExtractor
 from retriever.core.chunking import ChunkingPolicy
 from retriever.core.documents import Chunk, derived_document_id
@@ -37,7 +38,7 @@ class Stage:
     files: FakeFiles = field(default_factory=FakeFiles)
     index: FakeIndex = field(default_factory=FakeIndex)
     encoder: FakeEncoder = field(default_factory=FakeEncoder)
-    cancellations: Cancellations = field(default_factory=Cancellations)
+    cancellations: Cancellations = field(default_factory=lambda: Cancellations(decode_cancel))
     patience_s: float = 0.0
 
     def worker(self) -> IngestWorker:

@@ -1,6 +1,6 @@
 """The platform's one error type and the table that maps its codes to gRPC, HTTP and OpenAI's error types.
 
-This is the only module of chassis that a service's core may import; it imports nothing but the standard library.
+A service's core may import it; it imports nothing but the standard library.
 """
 
 import json

@@ -16,6 +16,10 @@ TPOT_SECONDS = Histogram(
 TOKENS = Counter("pressroom_tokens", "Tokens, by kind: prompt, completion or cached.", ["service", "model", "kind"])
 RUNNING_SEQUENCES = Gauge("pressroom_running_sequences", "Sequences in the running batch.", ["service"])
 WAITING_SEQUENCES = Gauge("pressroom_waiting_sequences", "Sequences that wait for admission.", ["service"])
+ADAPTER_LOADS = Counter(
+    "pressroom_adapter_loads", "Loads of adapters, by outcome: loaded, present or failed.", ["service", "outcome"]
+)
+LOADED_ADAPTERS = Gauge("pressroom_loaded_adapters", "Adapters that answer.", ["service"])
 QUEUE_DEPTH = Gauge("pressroom_queue_depth", "Work that waits in the service.", ["service"])
 BUS_MESSAGES = Counter(
     "pressroom_bus_messages", "Messages handled, by consumer and outcome.", ["service", "consumer", "outcome"]

@@ -83,20 +83,20 @@ class Process:
 
 def start_ticks(pid: int) -> int | None:
     """Returns when a process started, in clock ticks since boot; with the pid it names a process for good."""
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     return int(fields[19]) if fields else None
 
 
 def is_alive(pid: int, ticks: int) -> bool:
     """Says whether this very process still runs (a zombie does not)."""
-    fields = _stat(pid)
+    fields = stat_fields(pid)
     return bool(fields) and int(fields[19]) == ticks and fields[0] != "Z"
 
 
 def group_members(group: int) -> list[int]:
     """Returns the process ids of a group."""
     pids = (int(entry) for entry in os.listdir("/proc") if entry.isdecimal())
-    return [pid for pid in pids if (fields := _stat(pid)) and int(fields[2]) == group and fields[0] != "Z"]
+    return [pid for pid in pids if (fields := stat_fields(pid)) and int(fields[2]) == group and fields[0] != "Z"]
 
 
 def memory_bytes(pid: int) -> tuple[int, int]:
@@ -109,8 +109,11 @@ def memory_bytes(pid: int) -> tuple[int, int]:
     return values.get("Rss", 0), values.get("Pss", 0)
 
 
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/pid/stat from the state on (index 0: state, 2: group, 19: start); empty where it is gone."""
+def stat_fields(pid: int) -> list[str]:
+    """Fields of /proc/pid/stat from the state on, empty where it is gone.
+
+    By index: 0 state, 2 group, 11 and 12 ticks as user and system, 16 nice value, 19 start, 38 scheduling policy.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

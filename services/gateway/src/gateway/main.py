@@ -1,6 +1,7 @@
 """Composition root of the gateway: the only file that knows every concrete class."""
 
 import sys
+from collections.abc import Mapping
 
 import grpc.aio
 
@@ -10,15 +11,13 @@ from chassis.nats_bus import NatsBus
 from chassis.settings import EXIT_BAD_CONFIGURATION, load_settings
 from contracts.subjects import STREAMS
 from gateway.api.http import Limits, make_app
-from gateway.api.middleware_account import Recorder
 from gateway.backends.embedder import GrpcEmbedder
 from gateway.backends.generator import GrpcGenerator
 from gateway.backends.graph_files import Declaration, Services, assemble, read_graphs
 from gateway.backends.retriever import GrpcRetriever
-from gateway.core.catalog import Catalog
-from gateway.core.graph import GraphError
+from gateway.core.graph import GraphError, Sequenced
 from gateway.settings import GatewaySettings
-from gateway.state import State, open_state
+from gateway.state import Peers, State, open_state
 
 # Beside the file itself an upload carries the other form fields and the boundaries.
 _MULTIPART_OVERHEAD_BYTES = 64 * 1024
@@ -26,30 +25,19 @@ _MULTIPART_OVERHEAD_BYTES = 64 * 1024
 
 async def compose(app: App, settings: GatewaySettings, declarations: list[Declaration]) -> None:
     """Joins state, graphs and routes. What it calls may be away: nothing is waited for."""
-    embedder_channel, retriever_channel, generator_channel, monitor_channel = (
-        _open_channel(app, address)
-        for address in (
-            settings.embedder_addr,
-            settings.retriever_addr,
-            settings.generator_addr,
-            settings.monitor_addr,
-        )
-    )
     bus = NatsBus.connect(settings.nats_url, "gateway", STREAMS)
     app.on_close(bus.close)
-    state = await _open_state(app, settings, bus, retriever_channel, monitor_channel)
-    recorder = Recorder(state.ledger)
-    app.on_close(recorder.close)
-
-    generator, embedder = GrpcGenerator(generator_channel), GrpcEmbedder(embedder_channel)
-    services = Services(generator, embedder, GrpcRetriever(retriever_channel), telemetry.tracer().start_as_current_span)
+    peers = _open_peers(app, settings)
+    span = telemetry.tracer().start_as_current_span
+    services = Services(peers.generator, peers.embedder, GrpcRetriever(peers.retriever), span)
+    state = await _open_state(app, settings, bus, assemble(declarations, services), peers)
     app.mount_http(
         make_app(
-            catalog=Catalog(assemble(declarations, services), generator, embedder),
-            embedder=embedder,
+            catalog=state.catalog,
+            embedder=peers.embedder,
             keys=state.keys,
             limiter=state.limiter,
-            recorder=recorder,
+            recorder=state.recorder,
             limits=Limits(
                 settings.request_timeout_s,
                 settings.max_body_bytes,
@@ -57,6 +45,17 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
             ),
             routers=state.routers,
         )
+    )
+
+
+def _open_peers(app: App, settings: GatewaySettings) -> Peers:
+    return Peers(
+        generator=GrpcGenerator(_open_channel(app, settings.generator_addr)),
+        embedder=GrpcEmbedder(_open_channel(app, settings.embedder_addr)),
+        retriever=_open_channel(app, settings.retriever_addr),
+        trainer=_open_channel(app, settings.trainer_addr),
+        evaluator=_open_channel(app, settings.evaluator_addr),
+        monitor=_open_channel(app, settings.monitor_addr),
     )
 
 
@@ -71,7 +70,7 @@ def _open_channel(app: App, address: str) -> grpc.aio.Channel:
 
 
 async def _open_state(
-    app: App, settings: GatewaySettings, bus: NatsBus, retriever: grpc.aio.Channel, monitor: grpc.aio.Channel
+    app: App, settings: GatewaySettings, bus: NatsBus, graphs: Mapping[str, Sequenced], peers: Peers
 ) -> State:
     api_key, admin_key = settings.bootstrap_api_key, settings.bootstrap_admin_key
     state = await open_state(
@@ -81,12 +80,15 @@ async def _open_state(
         bootstrap_api_key=api_key.get_secret_value() if api_key else None,
         bootstrap_admin_key=admin_key.get_secret_value() if admin_key else None,
         max_upload_bytes=settings.max_upload_bytes,
+        max_tenant_upload_bytes=settings.max_tenant_upload_bytes,
+        request_timeout_s=settings.request_timeout_s,
         bus=bus,
-        retriever=retriever,
-        monitor=monitor,
+        graphs=graphs,
+        peers=peers,
     )
     app.on_close(state.close)
-    app.add_grpc(state.add_files_servicer, state.files_servicer, state.files_service_name)
+    for add_to_server, servicer, name in state.servicers:
+        app.add_grpc(add_to_server, servicer, name)
     for name, run in state.tasks:
         app.spawn(name, run())
     return state

@@ -19,6 +19,8 @@ class GatewaySettings(ServiceSettings):
     retriever_addr: str = Field(pattern=_ADDRESS, description="host:port of the retriever's gRPC server.")
     generator_addr: str = Field(pattern=_ADDRESS, description="host:port of the generator's gRPC server.")
     monitor_addr: str = Field(pattern=_ADDRESS, description="host:port of the monitor's gRPC server.")
+    trainer_addr: str = Field(pattern=_ADDRESS, description="host:port of the trainer's gRPC server.")
+    evaluator_addr: str = Field(pattern=_ADDRESS, description="host:port of the evaluator's gRPC server.")
     valkey_url: SecretStr = Field(description="redis:// URL of the rate-limit counters, with the password in it.")
     data_dir: Path = Field(description="Folder of the database and of uploaded files.")
     key_pepper: SecretStr = Field(min_length=16, description="Secret that access keys are hashed with.")
@@ -30,3 +32,6 @@ class GatewaySettings(ServiceSettings):
     request_timeout_s: float = Field(300.0, gt=0, le=3600, description="Most seconds that one request may take.")
     max_body_bytes: int = Field(2 * 1024**2, ge=1024, description="Largest JSON body, in bytes.")
     max_upload_bytes: int = Field(64 * 1024**2, ge=1024, description="Largest uploaded file, in bytes.")
+    max_tenant_upload_bytes: int = Field(
+        4 * 1024**3, ge=1024, description="Most bytes that one tenant may keep in /v1/files."
+    )

@@ -4,7 +4,7 @@ main.py calls open_state once and adds what comes back to the app; it knows noth
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,31 +17,58 @@ from chassis.bus import Bus
 from contracts.names import DEFAULT_TENANT
 from gateway.api.consumers import JobConsumer, RevocationListener
 from gateway.api.grpc_files import FileServicer
+from gateway.api.grpc_graphs import GraphServicer
 from gateway.api.http_admin import admin_router
 from gateway.api.http_documents import documents_router
+from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
 from gateway.api.http_later import later_router
 from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
+from gateway.api.middleware_account import Recorder
+from gateway.api.openai_files import files_router
+from gateway.api.openai_finetuning import finetuning_router
 from gateway.api.relay import Relay
 from gateway.backends import events
 from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
+from gateway.backends.evaluator_tasks import EvaluatorTasks
 from gateway.backends.monitor_profiles import MonitorProfiles
 from gateway.backends.retriever_documents import RetrieverDocuments
 from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_documents import SqliteDocuments
+from gateway.backends.sqlite_finetuning import SqliteEvaluations, SqliteFinetunes
 from gateway.backends.sqlite_jobs import SqliteJobs
 from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
 from gateway.backends.sqlite_schema import MIGRATIONS
+from gateway.backends.sqlite_uploads import SqliteUploads
+from gateway.backends.trainer_runs import TrainerRuns
 from gateway.backends.valkey_limits import ValkeyLimiter
+from gateway.core.catalog import Catalog
 from gateway.core.documents import Library
+from gateway.core.evaluations import Evaluations
+from gateway.core.finetuning import Finetuning
+from gateway.core.graph import Sequenced
 from gateway.core.keys import KeyRing
-from gateway.core.ports import Keys, Ledger, RequestLimiter, UsageReport
+from gateway.core.ports import Keys, Ledger, RequestLimiter
+from gateway.core.services import Embedder, Generator
+from gateway.core.uploads import Uploads
 
 ADMIN_TENANT = "admin"
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """The services that the state calls; each may be away. The channels belong to the caller."""
+
+    generator: Generator
+    embedder: Embedder
+    retriever: grpc.aio.Channel
+    trainer: grpc.aio.Channel
+    evaluator: grpc.aio.Channel
+    monitor: grpc.aio.Channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +76,7 @@ class State:
     """What main needs of the gateway's state.
 
     routers: to include in the HTTP app, after the authentication middleware (request.state.principal is read).
-    add_files_servicer, files_servicer, files_service_name: for app.add_grpc.
+    servicers: what app.add_grpc takes.
     tasks: name and coroutine function of what runs until cancelled, for app.spawn(name, fn()).
     close: for app.on_close; waits for what is being written.
     """
@@ -57,11 +84,10 @@ class State:
     keys: Keys
     limiter: RequestLimiter
     ledger: Ledger
-    usage: UsageReport
+    recorder: Recorder
+    catalog: Catalog
     routers: tuple[APIRouter, ...]
-    add_files_servicer: Callable[[Any, Any], None]
-    files_servicer: object
-    files_service_name: str
+    servicers: tuple[tuple[Callable[[Any, Any], None], object, str], ...]
     tasks: tuple[tuple[str, Callable[[], Coroutine[Any, Any, None]]], ...]
     close: Callable[[], Awaitable[None]]
 
@@ -74,13 +100,15 @@ async def open_state(
     bootstrap_api_key: str | None,
     bootstrap_admin_key: str | None,
     max_upload_bytes: int,
+    max_tenant_upload_bytes: int,
+    request_timeout_s: float,
     bus: Bus,
-    retriever: grpc.aio.Channel,
-    monitor: grpc.aio.Channel,
+    graphs: Mapping[str, Sequenced],
+    peers: Peers,
 ) -> State:
     """Opens the database (migrating it), the file folder and the Valkey client, and upserts the bootstrap keys.
 
-    Valkey, the bus, the retriever and the monitor may all be away: nothing of them is waited for here.
+    Valkey, the bus and the peers may all be away: nothing of them is waited for here.
     """
     files_dir = data_dir / "files"
     await asyncio.to_thread(_make_directories, data_dir, files_dir)
@@ -89,23 +117,32 @@ async def open_state(
 
     outbox = SqliteOutbox(database)
     ledger = SqliteLedger(database, outbox, events.request_completed)
+    recorder = Recorder(ledger)
     jobs = SqliteJobs(database)
     documents = SqliteDocuments(database, outbox)
+    kept = SqliteUploads(database, max_tenant_bytes=max_tenant_upload_bytes)
+    finetunes = SqliteFinetunes(database, outbox)
     files = DirectoryFiles(files_dir)
     control = BusControl(bus)
-    index = RetrieverDocuments(retriever)
+    index = RetrieverDocuments(peers.retriever)
     keys = KeyRing(SqliteKeys(database), key_pepper.encode(), control)
     library = Library(files, documents, jobs, index, control, events.ingest_job)
+    catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
+    finetuning = Finetuning(finetunes, kept, TrainerRuns(peers.trainer), events.train_job)
+    evaluations = Evaluations(
+        SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job
+    )
 
     if bootstrap_api_key:
         await keys.bootstrap(bootstrap_api_key, DEFAULT_TENANT, is_admin=False, allows_text=True)
     if bootstrap_admin_key:
         await keys.bootstrap(bootstrap_admin_key, ADMIN_TENANT, is_admin=True, allows_text=False)
-    await files.sweep(await documents.file_ids())
+    await files.sweep(await documents.file_ids() | await kept.file_ids())
 
     job_consumer = JobConsumer(bus, jobs, files, control)
 
     async def close() -> None:
+        await recorder.close()
         await limiter.close()
         await database.close()
 
@@ -113,18 +150,31 @@ async def open_state(
         keys=keys,
         limiter=limiter,
         ledger=ledger,
-        usage=ledger,
+        recorder=recorder,
+        catalog=catalog,
         routers=(
             documents_router(library, max_upload_bytes=max_upload_bytes),
+            files_router(Uploads(files, kept), files, max_upload_bytes=max_upload_bytes),
+            finetuning_router(finetuning, catalog, jobs, control),
+            evaluations_router(evaluations, catalog),
             jobs_router(jobs, control),
             search_router(index),
             admin_router(keys, ledger),
-            monitor_router(MonitorProfiles(monitor)),
+            monitor_router(MonitorProfiles(peers.monitor), finetunes),
             later_router(),
         ),
-        add_files_servicer=gateway_pb2_grpc.add_FileServiceServicer_to_server,
-        files_servicer=FileServicer(documents, files),
-        files_service_name="pressroom.gateway.v1.FileService",
+        servicers=(
+            (
+                gateway_pb2_grpc.add_FileServiceServicer_to_server,
+                FileServicer((documents, kept), files),
+                "pressroom.gateway.v1.FileService",
+            ),
+            (
+                gateway_pb2_grpc.add_GraphServiceServicer_to_server,
+                GraphServicer(catalog, jobs, recorder, timeout_s=request_timeout_s),
+                "pressroom.gateway.v1.GraphService",
+            ),
+        ),
         tasks=(
             ("outbox-relay", Relay(outbox, bus).run),
             ("job-progress", job_consumer.consume_progress),

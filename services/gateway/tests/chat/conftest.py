@@ -17,6 +17,7 @@ from gateway.api.http import Limits, make_app
 from gateway.api.middleware_account import Recorder
 from gateway.backends.graph_files import Services, assemble, read_graphs
 from gateway.core.catalog import Catalog
+from gateway.core.finetuning import TunedModel
 from gateway.core.ports import LimitState, Principal, RequestRecord
 from gateway.core.services import (
     Chat,
@@ -60,6 +61,7 @@ class FakeGenerator:
     token_s: float = 0.0
     fail_after: int | None = None  # tokens after which `error` is raised
     error: Exception | None = None
+    adapters: set[str] = field(default_factory=set)
     context_length: int = CONTEXT_LENGTH
 
     async def generate(self, call: Generation, *, timeout_s: float) -> AsyncGenerator[GenerationEvent]:
@@ -67,6 +69,8 @@ class FakeGenerator:
         self.calls.append(call)
         if call.model != "smollm2-135m-instruct":
             raise PlatformError(Code.NOT_FOUND, "unknown model", param="model", reason="model_not_found")
+        if call.adapter and call.adapter not in self.adapters:
+            raise PlatformError(Code.NOT_FOUND, "no such adapter", param="model", reason="model_not_found")
         if call.grammar is not None:
             raise PlatformError(Code.UNIMPLEMENTED, "this engine has no grammars", param="grammar")
         if self.error is not None and self.fail_after is None:
@@ -117,7 +121,9 @@ class FakeGenerator:
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:
         if self.error is not None:
             raise self.error
-        return [ServedModel("smollm2-135m-instruct", 1_700_000_000)]
+        base = "smollm2-135m-instruct"
+        tuned = [ServedModel(adapter, 1_750_000_000, base) for adapter in sorted(self.adapters)]
+        return [ServedModel(base, 1_700_000_000, base), *tuned]
 
 
 @dataclass
@@ -165,6 +171,22 @@ class FakeRetriever:
     async def search(self, query: SearchQuery, *, timeout_s: float) -> Sequence[Source]:
         self.queries.append(query)
         return self.sources[: query.top_k]
+
+
+class FakeTunedModels:
+    """Which tenant owns which tuned model."""
+
+    def __init__(self) -> None:
+        self.owned: dict[str, dict[str, TunedModel]] = {}
+
+    def own(self, tenant: str, model: TunedModel) -> None:
+        self.owned.setdefault(tenant, {})[model.model_id] = model
+
+    async def tuned(self, tenant: str, model_id: str) -> TunedModel | None:
+        return self.owned.get(tenant, {}).get(model_id)
+
+    async def tuned_of(self, tenant: str) -> Sequence[TunedModel]:
+        return list(self.owned.get(tenant, {}).values())
 
 
 class FakeKeys:
@@ -219,6 +241,8 @@ class World:
     embedder: FakeEmbedder
     retriever: FakeRetriever
     ledger: FakeLedger
+    tuned: FakeTunedModels
+    catalog: Catalog
 
     def client(self, key: str | None = KEY) -> httpx.AsyncClient:
         """An HTTP client that talks to the application in this process."""
@@ -240,8 +264,9 @@ def limited_key() -> str:
 @pytest.fixture
 def world() -> World:
     generator, embedder, retriever, ledger = FakeGenerator(), FakeEmbedder(), FakeRetriever(), FakeLedger()
+    tuned = FakeTunedModels()
     services = Services(generator, embedder, retriever, tracer().start_as_current_span)
-    catalog = Catalog(assemble(read_graphs(GRAPHS_DIR), services), generator, embedder)
+    catalog = Catalog(assemble(read_graphs(GRAPHS_DIR), services), generator, embedder, tuned)
     app = make_app(
         catalog=catalog,
         embedder=embedder,
@@ -250,7 +275,7 @@ def world() -> World:
         recorder=Recorder(ledger),
         limits=Limits(timeout_s=30.0, max_body_bytes=64 * 1024, max_upload_bytes=1024 * 1024),
     )
-    return World(app, generator, embedder, retriever, ledger)
+    return World(app, generator, embedder, retriever, ledger, tuned, catalog)
 
 
 @pytest.fixture

@@ -296,7 +296,8 @@ class TestRetrieverContract:
 async def test_every_field_of_a_generation_is_sent(wired):
     sampling = Sampling(0.5, 0.75, 3, 0.125, 0.25, -0.5, 1.5, {7: 2.0}, 9)
     stopping = Stopping(2, 1, ("x",), True)
-    await collect(wired[0], call(sampling=sampling, stopping=stopping, n=2, logprobs=1, prompt_logprobs=0))
+    asked = call(sampling=sampling, stopping=stopping, n=2, logprobs=1, prompt_logprobs=0, priority=-2)
+    await collect(wired[0], asked)
     (sent,) = wired[3].requests
     assert (sent.sampling.temperature, sent.sampling.top_p, sent.sampling.top_k) == (0.5, 0.75, 3)
     assert (sent.sampling.min_p, sent.sampling.frequency_penalty) == (0.125, 0.25)
@@ -305,6 +306,14 @@ async def test_every_field_of_a_generation_is_sent(wired):
     assert (sent.stop.max_tokens, sent.stop.min_tokens, list(sent.stop.stop)) == (2, 1, ["x"])
     assert sent.stop.ignore_eos and sent.n == 2 and sent.logprobs == 1
     assert sent.HasField("prompt_logprobs") and sent.cache_salt == sent.tenant == "acme"
+    assert (sent.priority, sent.adapter) == (-2, "")
+
+
+async def test_adapter_is_sent_beside_its_base(wired, world):
+    world.generator.adapters.add("m:a")
+    with pytest.raises(PlatformError):  # the server's fake reads no adapter; what counts is what it was sent
+        await collect(wired[0], call(model="m", adapter="m:a"))
+    assert (wired[3].requests[0].model, wired[3].requests[0].adapter) == ("m", "m:a")
 
 
 async def test_absent_fields_stay_absent(wired):

@@ -11,6 +11,8 @@ ENVIRONMENT = {
     "RETRIEVER_ADDR": "127.0.0.1:2",
     "GENERATOR_ADDR": "127.0.0.1:2",
     "MONITOR_ADDR": "127.0.0.1:2",
+    "TRAINER_ADDR": "127.0.0.1:2",
+    "EVALUATOR_ADDR": "127.0.0.1:2",
     "VALKEY_URL": "redis://127.0.0.1:2/0",
     "DATA_DIR": "/nonexistent",
     "KEY_PEPPER": "p" * 32,

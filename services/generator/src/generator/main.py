@@ -12,13 +12,16 @@ from chassis.bus import StreamSpec
 from chassis.nats_bus import NatsBus
 from chassis.settings import load_settings
 from contracts import subjects
-from generator.api import consumers
+from generator.api import accounting, consumers
 from generator.api.grpc import GeneratorServicer
+from generator.backends.adapter_store import FolderAdapterStore
 from generator.backends.hf_tokenizer import HfTokenizer
 from generator.backends.torch_runner import TorchRunner, make_runner
 from generator.backends.torch_runner.runner import RunnerOptions
+from generator.core.adapters import AdapterLimits
 from generator.core.batching import BatchingEngine
 from generator.core.blocks import BlockManager
+from generator.core.library import AdapterLibrary
 from generator.core.scheduler import SchedulerLimits
 from generator.settings import GeneratorSettings
 from modelstore import Manifest
@@ -62,11 +65,15 @@ def main() -> int:
             max_waiting=settings.max_waiting,
             max_step_tokens=settings.max_step_tokens,
             max_mixed_prefill_tokens=settings.max_mixed_prefill_tokens,
+            max_background_tokens=settings.max_background_tokens,
         )
-        engine = BatchingEngine(runner, tokenizer, BlockManager(runner.num_blocks, runner.block_size), limits)
+        adapter_limits = AdapterLimits(settings.max_adapters, settings.adapter_memory_mb * 1024 * 1024)
+        blocks = BlockManager(runner.num_blocks, runner.block_size)
+        engine = BatchingEngine(runner, tokenizer, blocks, limits, adapter_limits)
         engine.start()
         app.on_close(engine.close)
         app.spawn("engine", engine.watch())
+        library = AdapterLibrary(engine, _store(settings, runner, adapter_limits), accounting.count_adapter_load)
 
         async def drain() -> None:
             engine.drain()
@@ -75,9 +82,11 @@ def main() -> int:
         app.set_queue_depth(lambda: engine.stats().waiting_sequences)
         metrics.RUNNING_SEQUENCES.labels(app.name).set_function(lambda: engine.stats().running_sequences)
         metrics.WAITING_SEQUENCES.labels(app.name).set_function(lambda: engine.stats().waiting_sequences)
+        metrics.LOADED_ADAPTERS.labels(app.name).set_function(lambda: len(engine.adapters()))
+        await library.load_all()  # before the ports open: a restart must not make a tuned model unknown for a while
         app.add_grpc(
             generator_pb2_grpc.add_GeneratorServiceServicer_to_server,
-            GeneratorServicer(engine, tokenizer),
+            GeneratorServicer(engine, library, tokenizer),
             "pressroom.generator.v1.GeneratorService",
         )
         streams = [StreamSpec(s.name, s.subjects, s.retention, s.max_age_s, s.max_bytes) for s in subjects.STREAMS]
@@ -89,11 +98,17 @@ def main() -> int:
             bus.consume(
                 subjects.EVENTS_MODEL_PUBLISHED,
                 durable=f"generator-{settings.instance}",
-                handler=consumers.on_model_published,
+                handler=consumers.make_published_handler(library),
             ),
         )
 
     return App("generator", settings).run(setup)
+
+
+def _store(settings: GeneratorSettings, runner: TorchRunner, limits: AdapterLimits) -> FolderAdapterStore | None:
+    if settings.store_dir is None:
+        return None
+    return FolderAdapterStore(settings.store_dir, runner.model.id, runner.model.version, limits.max_bytes)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ class GeneratorSettings(ServiceSettings):
     model_config = settings_config("GENERATOR_")
 
     model_dir: Path = Field(description="Folder of the model in the model store, with its manifest.json.")
+    store_dir: Path | None = Field(None, description="Model store that adapters lie in; without it none can be loaded.")
+    max_adapters: int = Field(32, ge=0, le=1024, description="Most adapters that are loaded at once.")
+    adapter_memory_mb: int = Field(512, ge=1, le=65536, description="Memory for their weights, in MiB.")
     instance: str = Field(
         "0", pattern=r"^[A-Za-z0-9_-]{1,32}$", description="Name of this replica, kept across restarts."
     )
@@ -25,7 +28,10 @@ class GeneratorSettings(ServiceSettings):
     max_running: int = Field(32, ge=1, le=1024, description="Most sequences in one batch.")
     max_waiting: int = Field(256, ge=16, le=65536, description="Sequences that may wait; more are refused.")
     # A cancel waits for the step that runs. 128 tokens are as fast for each token as 512, and take 0.2 s on two cores.
-    max_step_tokens: int = Field(128, ge=16, le=65536, description="Most tokens in one step.")
+    max_step_tokens: int = Field(128, ge=16, le=65536, description="Most tokens in one step, the background's aside.")
     max_mixed_prefill_tokens: int = Field(
         64, ge=1, le=65536, description="Most prompt tokens in a step that others decode in: bounds their stutter."
+    )
+    max_background_tokens: int = Field(
+        8, ge=1, le=65536, description="Most tokens of the background (priority below 0) in a step with others."
     )

@@ -37,7 +37,7 @@ class MonitorSettings(ServiceSettings):
         300.0,
         gt=0,
         le=86_400,
-        description="Seconds without a sample after which the profiler's process (about 350 MB) is ended.",
+        description="Seconds without a sample after which the profiler's process (about 300 MB) is ended.",
     )
     text_cpu_limit_s: float = Field(
         30.0, gt=0, le=600, description="Processor seconds for one record after which the profiler's process is ended."

@@ -6,15 +6,16 @@ from pressroom.retriever.v1 import retriever_pb2_grpc
 
 from chassis import rpc
 from chassis.app import App
+from chassis.jobs import ACK_WAIT_S, BACKOFF_S, MAX_DELIVER_OF_BUS, Cancellations
 from chassis.nats_bus import NatsBus
 from chassis.settings import load_settings
+from chassis.uploads import GrpcFiles
+from contracts.jobs import decode_cancel, open_file
 from contracts.subjects import CONTROL_REQUEST_CANCEL, JOBS_INGEST, STREAMS
-from retriever.api.cancellations import Cancellations
-from retriever.api.consumers import ACK_WAIT_S, BACKOFF_S, DURABLE, MAX_DELIVER_OF_BUS, IngestWorker
+from retriever.api.consumers import DURABLE, IngestWorker
 from retriever.api.grpc import RetrieverServicer
 from retriever.backends.extraction.runner import BoundedExtractor
 from retriever.backends.grpc_encoder import GrpcEncoder
-from retriever.backends.grpc_files import GrpcFiles
 from retriever.backends.milvus import MilvusChunks, prepare
 from retriever.backends.milvus_connection import MilvusConnection
 from retriever.core.chunking import ChunkingPolicy
@@ -68,7 +69,7 @@ def _start_worker(app: App, settings: RetrieverSettings, encoder: GrpcEncoder, c
     app.on_close(extractor.close)
     gateway = rpc.connect(settings.gateway_addr)
     app.on_close(gateway.close)
-    files = GrpcFiles(gateway, timeout_s=settings.extract_timeout_s, max_bytes=settings.max_file_bytes)
+    files = GrpcFiles(gateway, open_file, timeout_s=settings.extract_timeout_s, max_bytes=settings.max_file_bytes)
     policy = IngestPolicy(
         ChunkingPolicy(settings.chunk_tokens, settings.overlap_tokens),
         settings.ingest_batch_chunks,
@@ -76,7 +77,7 @@ def _start_worker(app: App, settings: RetrieverSettings, encoder: GrpcEncoder, c
     )
     bus = NatsBus.connect(settings.nats_url, "retriever", STREAMS)
     app.on_close(bus.close)
-    cancellations = Cancellations()
+    cancellations = Cancellations(decode_cancel)
     ingestor = Ingestor(extractor, encoder, chunks, policy)
     worker = IngestWorker(bus, files, ingestor, cancellations, patience_s=settings.ingest_patience_s)
     app.set_queue_depth(lambda: bus.backlog)

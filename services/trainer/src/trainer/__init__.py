@@ -1,0 +1,1 @@
+"""Finetuning and the model registry."""

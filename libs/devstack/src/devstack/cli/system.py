@@ -54,7 +54,7 @@ def down(service: _Service = None) -> None:
 
 
 def status(as_json: _Json = False) -> None:
-    """Show every service: state, process, ports, memory, queue."""
+    """Show every service: state, process, ports, memory, cores in use (over a moment), queue."""
     from devstack import settings
     from devstack import status as status_
     from devstack.home import Home

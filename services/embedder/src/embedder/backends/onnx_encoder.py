@@ -3,11 +3,15 @@
 The prepared tokenizer.json neither cuts nor pads; both are done here, to what the encoder reads.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 from tokenizers import Tokenizer
+
+# Since 1.29 the runtime sends statistics of its use, natively, unless this stands before its import.
+os.environ |= {"ORT_DISABLE_TELEMETRY": "1"}
+import onnxruntime
 
 from chassis.errors import Code, PlatformError
 from embedder.core.inputs import EncoderInfo, TokenSpan

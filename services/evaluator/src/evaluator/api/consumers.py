@@ -1,51 +1,106 @@
-"""Takes evaluation jobs from the work queue.
+"""The evaluation worker: takes jobs from the work queue, runs them, and tells how they end before it acks them."""
 
-The work itself is not built yet: every job is answered with FAILED, so that who waits for it learns so at once.
-"""
-
+import json
 import logging
-import time
+import re
 
 from google.protobuf.message import DecodeError
-from pressroom.common.v1 import common_pb2
 from pressroom.events.v1 import events_pb2
 
+from chassis import context, telemetry
 from chassis.bus import Bus, Received
 from chassis.errors import Code, PlatformError
-from contracts.subjects import progress
+from chassis.jobs import Cancellations, JobCancelled, Reporter, again, check_attempt, final_reason
+from contracts.jobs import encode_progress
+from evaluator.core.evaluation import Evaluator, Order
+from evaluator.core.results import Result
 
 log = logging.getLogger(__name__)
 
 DURABLE = "evaluator-jobs"
-NOT_AVAILABLE = "evaluation is not available yet"
+_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")  # it becomes the name of a file
+
+
+class _JobWatcher:
+    """Joins one attempt to the job's reports and cancellation."""
+
+    def __init__(self, job_id: str, reporter: Reporter, cancellations: Cancellations) -> None:
+        self._job_id = job_id
+        self._reporter = reporter
+        self._cancellations = cancellations
+
+    def check(self) -> None:
+        self._cancellations.check(self._job_id)
+
+    async def report(self, done: int, total: int) -> None:
+        await self._reporter.running(done, total)
 
 
 class EvaluateWorker:
-    """Handles deliveries of EvaluateJob."""
+    """Handles deliveries of EvaluateJob. Each delivery runs the job again and repeats nothing that is done."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, evaluator: Evaluator, cancellations: Cancellations) -> None:
         self._bus = bus
+        self._evaluator = evaluator
+        self._cancellations = cancellations
 
     async def handle(self, received: Received) -> None:
-        """Returns, and so acks, once the answer is stored; a job that cannot be read is a dead letter."""
-        job_id = _job_id(received.payload)
-        message = events_pb2.JobProgress(
-            job_id=job_id,
-            status=common_pb2.JOB_STATUS_FAILED,
-            error=NOT_AVAILABLE,
-            sequence=received.num_delivered,
-            at_unix_ms=int(time.time() * 1000),
+        """Returns when the job has ended, well or not; raises a retryable error where it is to be delivered again."""
+        job = _parsed(received.payload)
+        request = context.RequestContext(context.current().request_id, job.tenant)
+        with context.use(request), telemetry.tracer().start_as_current_span("evaluator.evaluate") as span:
+            span.set_attribute("job_id", job.job_id)
+            await self._handle(job, received.num_delivered)
+
+    async def _handle(self, job: events_pb2.EvaluateJob, delivery: int) -> None:
+        reporter = Reporter(self._bus, encode_progress, job.job_id, delivery)
+        try:
+            check_attempt(delivery)
+            result = await self._run(job, reporter)
+        except JobCancelled:
+            await self._evaluator.abandon(job.job_id)
+            await reporter.ended("cancelled")
+            log.info("evaluation cancelled", extra={"job_id": job.job_id})
+        except Exception as error:
+            why = final_reason(error, delivery, "evaluator")
+            if why is None:
+                raise again(error) from error
+            if not isinstance(error, PlatformError):
+                log.exception("evaluation failed unexpectedly", extra={"job_id": job.job_id})
+            await self._evaluator.abandon(job.job_id)
+            await reporter.ended("failed", error=why)
+            log.warning("evaluation failed", extra={"job_id": job.job_id, "error": why})
+        else:
+            await reporter.ended("succeeded", result_json=json.dumps(result.as_json()))
+            log.info("evaluation succeeded", extra={"job_id": job.job_id, "model": job.model, "task": result.task})
+        self._cancellations.forget(job.job_id)
+
+    async def _run(self, job: events_pb2.EvaluateJob, reporter: Reporter) -> Result:
+        watcher = _JobWatcher(job.job_id, reporter, self._cancellations)
+        watcher.check()
+        await reporter.running()
+        order = Order(
+            job_id=job.job_id,
+            tenant=job.tenant,
+            model=job.model,
+            task=job.task,
+            task_file_id=job.task_file_id,
+            task_file_sha256=job.task_file_sha256,
         )
-        # One id for every delivery of the job, so that the answer is stored once.
-        await self._bus.publish(progress(job_id), message.SerializeToString(), message_id=f"{job_id}.not-available")
-        log.info("job refused", extra={"job_id": job_id})
+        try:
+            return await self._cancellations.run(job.job_id, self._evaluator.run(order, watcher))
+        except PlatformError as error:
+            if error.reason == "job_cancelled":  # the gateway knows, and the call to stop was missed
+                raise JobCancelled from error
+            raise
 
 
-def _job_id(payload: bytes) -> str:
+def _parsed(payload: bytes) -> events_pb2.EvaluateJob:
+    """Reads a job; one that cannot even be reported on becomes a dead letter."""
     try:
         job = events_pb2.EvaluateJob.FromString(payload)
     except DecodeError as error:
         raise PlatformError(Code.INVALID_ARGUMENT, "an evaluation job could not be read") from error
-    if not job.job_id:
-        raise PlatformError(Code.INVALID_ARGUMENT, "an evaluation job has no id", param="job_id")
-    return job.job_id
+    if not _ID.fullmatch(job.job_id):
+        raise PlatformError(Code.INVALID_ARGUMENT, "an evaluation job has no id that can be used", param="job_id")
+    return job

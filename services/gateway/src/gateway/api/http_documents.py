@@ -2,24 +2,21 @@
 
 import io
 import json
-from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from pydantic import ConfigDict, Field
-from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect
+from starlette.datastructures import FormData
 
 from chassis.errors import Code, PlatformError
 from gateway.api.http_search import Collection, MetadataKey, MetadataValue
 from gateway.api.identity import principal_of
 from gateway.api.json_body import Body, parse_json, read_json, validate
+from gateway.api.multipart import fields_of, file_of, read_form
 from gateway.core.content import TEXT, media_type_of
 from gateway.core.documents import DEFAULT_COLLECTION, Description, Document, Indexed, Library
 from gateway.core.jobs import JobStatus
 
-_MAX_FIELD_BYTES = 64 * 1024
 _MAX_METADATA_BYTES = 16 * 1024
 _FORM_FIELDS = ("title", "external_id", "collection", "metadata", "content_type")
 
@@ -106,13 +103,9 @@ def documents_router(library: Library, *, max_upload_bytes: int) -> APIRouter:
 
 
 async def _submit_form(request: Request, tenant: str, library: Library, max_upload_bytes: int) -> Document:
-    form = await _read_form(request, max_upload_bytes)
+    form = await read_form(request, max_upload_bytes, _FORM_FIELDS)
     try:
-        upload = form.get("file")
-        if not isinstance(upload, UploadFile):
-            raise PlatformError(
-                Code.INVALID_ARGUMENT, "the form needs a file", param="file", reason="missing_required_parameter"
-            )
+        upload = file_of(form)
         described = _described(form)
         filename = (upload.filename or "")[:255]
         if described.content_type:
@@ -125,40 +118,8 @@ async def _submit_form(request: Request, tenant: str, library: Library, max_uplo
         await form.close()
 
 
-async def _read_form(request: Request, max_bytes: int) -> FormData:
-    async def bounded() -> AsyncGenerator[bytes]:
-        num_bytes = 0
-        async for piece in request.stream():
-            num_bytes += len(piece)
-            # The form around the file is counted too, so it gets a little room.
-            if num_bytes > max_bytes + _MAX_FIELD_BYTES:
-                raise PlatformError(
-                    Code.PAYLOAD_TOO_LARGE, f"an upload may have {max_bytes} bytes at most", param="file"
-                )
-            yield piece
-
-    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
-        raise PlatformError(
-            Code.UNSUPPORTED_MEDIA_TYPE, "send the body without content-encoding", param="content-encoding"
-        )
-    parser = MultiPartParser(
-        request.headers, bounded(), max_files=1, max_fields=len(_FORM_FIELDS), max_part_size=_MAX_FIELD_BYTES
-    )
-    try:
-        return await parser.parse()
-    except MultiPartException as error:
-        raise PlatformError(Code.INVALID_ARGUMENT, f"the form is not valid: {error.message}") from None
-    except ClientDisconnect:
-        raise PlatformError(Code.CANCELLED, "the client left while it sent the form") from None
-
-
 def _described(form: FormData) -> _Described:
-    fields: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        if name in fields:
-            raise PlatformError(Code.INVALID_ARGUMENT, f"{name[:100]} appears twice in the form", param=name[:100])
-        fields[name] = value
-    del fields["file"]
+    fields: dict[str, Any] = dict(fields_of(form))
     if isinstance(fields.get("metadata"), str):
         try:
             fields["metadata"] = parse_json(fields["metadata"].encode())

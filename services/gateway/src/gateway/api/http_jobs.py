@@ -31,16 +31,21 @@ def jobs_router(jobs: JobStore, canceller: Canceller) -> APIRouter:
 
     @router.post("/v1/jobs/{job_id}/cancel")
     async def cancel_job(request: Request, job_id: str) -> dict[str, Any]:
-        job = await jobs.cancel(principal_of(request).tenant, job_id)
-        if job is None:
-            raise _unknown()
-        if job.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
-            raise PlatformError(Code.CONFLICT, f"the job has {job.status} already", reason="job_finished")
-        # Broadcast even where it was queued: a worker may have taken it a moment ago.
-        await canceller.cancel(job.job_id, "cancelled by the client")
-        return job_shape(job)
+        return job_shape(await cancel(jobs, canceller, principal_of(request).tenant, job_id))
 
     return router
+
+
+async def cancel(jobs: JobStore, canceller: Canceller, tenant: str, job_id: str) -> Job:
+    """Asks to stop the tenant's job; raises NOT_FOUND, and CONFLICT for one that has succeeded or failed."""
+    job = await jobs.cancel(tenant, job_id)
+    if job is None:
+        raise _unknown()
+    if job.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
+        raise PlatformError(Code.CONFLICT, f"the job has {job.status} already", reason="job_finished")
+    # Broadcast even where it was queued: a worker may have taken it a moment ago.
+    await canceller.cancel(job.job_id, "cancelled by the client")
+    return job
 
 
 def job_shape(job: Job) -> dict[str, Any]:

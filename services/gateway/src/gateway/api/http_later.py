@@ -7,20 +7,10 @@ from fastapi import APIRouter, Request
 from chassis.errors import Code, PlatformError
 
 _NOT_YET = (
-    ("POST", "/v1/evaluations"),
-    ("GET", "/v1/fine_tuning/jobs"),
-    ("POST", "/v1/fine_tuning/jobs"),
-    ("GET", "/v1/fine_tuning/jobs/{job_id}"),
-    ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"),
     ("GET", "/v1/batches"),
     ("POST", "/v1/batches"),
     ("GET", "/v1/batches/{batch_id}"),
     ("POST", "/v1/batches/{batch_id}/cancel"),
-    ("GET", "/v1/files"),
-    ("POST", "/v1/files"),
-    ("GET", "/v1/files/{file_id}"),
-    ("DELETE", "/v1/files/{file_id}"),
-    ("GET", "/v1/files/{file_id}/content"),
 )
 
 

@@ -1,7 +1,7 @@
 """GET /v1/monitor/profiles: what the monitor found in prompts and responses.
 
 Any key that is valid may read them. They are sums over all tenants that let their text be profiled, and hold numbers
-and names of patterns, no text; they do tell which models were asked, and how often.
+and names of patterns, no text. Profiles of a tuned model are for the tenant that owns it and for admins.
 """
 
 from typing import Annotated, Any
@@ -9,10 +9,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from gateway.api.identity import principal_of
+from gateway.core.finetuning import TunedModels
 from gateway.core.monitoring import Profile, Profiles
 
 
-def monitor_router(profiles: Profiles) -> APIRouter:
+def monitor_router(profiles: Profiles, tuned: TunedModels) -> APIRouter:
     """Makes GET /v1/monitor/profiles."""
     router = APIRouter()
 
@@ -22,11 +23,17 @@ def monitor_router(profiles: Profiles) -> APIRouter:
         model: Annotated[str | None, Query(max_length=200)] = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 24,
     ) -> dict[str, Any]:
-        principal_of(request)
+        """The newest windows; fewer than `limit` where some of them are of other tenants' models."""
+        principal = principal_of(request)
         report = await profiles.newest(model, limit)
+        owned = {one.model_id for one in await tuned.tuned_of(principal.tenant)}
         return {
             "object": "list",
-            "data": [_profile_shape(profile) for profile in report.profiles],
+            "data": [
+                _profile_shape(profile)
+                for profile in report.profiles
+                if ":" not in profile.model or profile.model in owned or principal.is_admin
+            ],
             "sample_rate": report.sample_rate,
             "num_waiting": report.num_waiting,
             "lag_s": report.lag_s,

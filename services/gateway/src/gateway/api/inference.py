@@ -85,7 +85,7 @@ class InferenceResponse(Response):
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events) as events:
             async for event in events:
-                self._note(event)
+                note(self._account, event)
                 for _ in self._rendering.take(event):
                     pass
         await json_response(self._rendering.whole())(scope, receive, send)
@@ -95,7 +95,7 @@ class InferenceResponse(Response):
         try:
             async with aclosing(self._events) as events:
                 async for event in events:
-                    self._note(event)
+                    note(self._account, event)
                     data = b"".join(map(_sse, self._rendering.take(event)))
                     if not data:
                         continue
@@ -118,25 +118,26 @@ class InferenceResponse(Response):
             last = _sse(errors.envelope(errors.internal_error()))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    def _note(self, event: GraphEvent) -> None:
-        """Keeps the account, and ends what the engine cut off with an error."""
-        match event:
-            case Delta():
-                self._account.produced(event.num_tokens, event.text)
-            case Started():
-                self._account.prompt_known(event.prompt_tokens)
-            case Done():
-                self._account.done(event.usage)
-            case Grounding():
-                self._account.grounded = event.grounded
-            case Finished(reason="deadline"):
-                self._account.finish_reason = "deadline"
-                raise PlatformError(Code.DEADLINE_EXCEEDED, "the request took longer than the server allows")
-            case Finished(reason="cancelled"):
-                self._account.finish_reason = "cancelled"
-                raise PlatformError(Code.UNAVAILABLE, "the generator cancelled the request", retry_after_s=1.0)
-            case Finished():
-                self._account.finish_reason = event.reason
+
+def note(account: Account, event: GraphEvent) -> None:
+    """Keeps the account, and ends what the engine cut off with an error."""
+    match event:
+        case Delta():
+            account.produced(event.num_tokens, event.text)
+        case Started():
+            account.prompt_known(event.prompt_tokens)
+        case Done():
+            account.done(event.usage)
+        case Grounding():
+            account.grounded = event.grounded
+        case Finished(reason="deadline"):
+            account.finish_reason = "deadline"
+            raise PlatformError(Code.DEADLINE_EXCEEDED, "the request took longer than the server allows")
+        case Finished(reason="cancelled"):
+            account.finish_reason = "cancelled"
+            raise PlatformError(Code.UNAVAILABLE, "the generator cancelled the request", retry_after_s=1.0)
+        case Finished():
+            account.finish_reason = event.reason
 
 
 async def finished_before_client_left(work: Any, receive: Receive) -> bool:

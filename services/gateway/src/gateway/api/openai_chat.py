@@ -125,7 +125,7 @@ class ChatBody(SamplingBody):
         if self.tools and self.tool_choice != "none":
             raise PlatformError(Code.UNIMPLEMENTED, "tools are not supported", param="tools")
 
-    def request(self, tenant: str) -> GraphRequest:
+    def request(self, tenant: str, *, priority: int = 0) -> GraphRequest:
         """What the graph is asked."""
         return GraphRequest(
             prompt=Chat(tuple(turn.message() for turn in self.messages)),
@@ -136,6 +136,7 @@ class ChatBody(SamplingBody):
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             grammar=self.response_format.grammar() if self.response_format else None,
             collection=self.collection,
+            priority=priority,
         )
 
 
@@ -253,11 +254,12 @@ def chat_router(catalog: Catalog) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Answers a chat."""
         body = await read_json(request, ChatBody)
-        graph = catalog.graph(body.model)
+        tenant = principal_of(request).tenant
+        graph = await catalog.graph(body.model, tenant)
         account = account_of(request)
         account.model = graph.name
         body.refuse_what_is_missing()
-        wanted = body.request(principal_of(request).tenant)
+        wanted = body.request(tenant)
         assert isinstance(wanted.prompt, Chat)
         account.prompt_text = "\n".join(message.content for message in wanted.prompt.messages)
         rendering = ChatRendering(

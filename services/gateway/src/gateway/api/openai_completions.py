@@ -20,7 +20,7 @@ from gateway.api.openai_logprobs import CompletionLogprobs
 from gateway.api.openai_params import MAX_CHOICES, MaxTokensOrNone, SamplingBody, TokenId, usage_object
 from gateway.core.catalog import Catalog
 from gateway.core.fanout import merged
-from gateway.core.graph import Deadline, GraphEvent, GraphRequest, Sequenced
+from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
 from gateway.core.services import Delta, Done, Finished, Started, Usage
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
@@ -196,7 +196,7 @@ class CompletionRendering:
         return chunk | {"usage": None} if self._include_usage else chunk
 
 
-def _run(graph: Sequenced, requests: Sequence[GraphRequest], deadline: Deadline) -> AsyncGenerator[GraphEvent]:
+def _run(graph: Graph, requests: Sequence[GraphRequest], deadline: Deadline) -> AsyncGenerator[GraphEvent]:
     if len(requests) == 1:
         return graph.run(requests[0], deadline)
     return merged([partial(graph.run, request, deadline) for request in requests], requests[0].n)
@@ -210,11 +210,12 @@ def completions_router(catalog: Catalog) -> APIRouter:
     async def completions(request: Request) -> Response:
         """Completes prompts."""
         body = await read_json(request, CompletionBody)
-        graph = catalog.graph(body.model)
+        tenant = principal_of(request).tenant
+        graph = await catalog.graph(body.model, tenant)
         account = account_of(request)
         account.model = graph.name
         body.refuse_what_is_missing()
-        wanted = body.requests(principal_of(request).tenant)
+        wanted = body.requests(tenant)
         account.prompt_text = "\n".join(one.prompt for one in wanted if isinstance(one.prompt, str))
         rendering = CompletionRendering(body, wanted, graph.name)
         return InferenceResponse(

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from chassis.errors import Code, PlatformError
-from gateway.core.content import Inspector
-from gateway.core.documents import FileRow, StoredFile
+from gateway.core.documents import FileRow, Inspection, StoredFile
 
 _PIECE_BYTES = 1024 * 1024
 _NAME = re.compile(r"file_[0-9a-f]{32}(\.part)?")
@@ -30,7 +29,7 @@ class DirectoryFiles:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    async def save(self, source: BinaryIO, inspector: Inspector) -> StoredFile:
+    async def save(self, source: BinaryIO, inspector: Inspection) -> StoredFile:
         """Copies the source, durable when it returns; raises what the inspector raises, UNAVAILABLE for a full disk."""
         return await asyncio.to_thread(self._save, source, inspector)
 
@@ -58,7 +57,7 @@ class DirectoryFiles:
         """Removes old files that no row knows, left by a crash between file and row; returns how many."""
         return await asyncio.to_thread(self._sweep, known)
 
-    def _save(self, source: BinaryIO, inspector: Inspector) -> StoredFile:
+    def _save(self, source: BinaryIO, inspector: Inspection) -> StoredFile:
         file_id = f"file_{uuid.uuid4().hex}"
         final, part = self._directory / file_id, self._directory / f"{file_id}.part"
         digest, size_bytes = hashlib.sha256(), 0

@@ -9,8 +9,11 @@ from pressroom.events.v1 import events_pb2
 from chassis import context, telemetry
 from contracts import subjects
 from gateway.core.documents import Document, FileRow
+from gateway.core.evaluations import Evaluation
+from gateway.core.finetuning import Finetune
 from gateway.core.outbox import Message
 from gateway.core.ports import RequestRecord
+from gateway.core.uploads import Upload
 
 # The bus refuses messages over 1 MiB, and a profile needs no more of a text than this.
 _MAX_TEXT_CHARS = 65_536
@@ -50,7 +53,7 @@ def request_completed(record: RequestRecord) -> Message:
 
 
 def ingest_job(document: Document, file: FileRow) -> Message:
-    """Makes the order to index a file; the job's id is the message's, so that publishing twice orders once."""
+    """Makes the order to index a file."""
     description = document.description
     order = events_pb2.IngestJob(
         job_id=document.job_id,
@@ -66,10 +69,36 @@ def ingest_job(document: Document, file: FileRow) -> Message:
         size_bytes=file.size_bytes,
         file_sha256=file.sha256,
     )
-    return Message(
-        subjects.JOBS_INGEST,
-        document.job_id,
-        order.SerializeToString(),
-        telemetry.traceparent(),
-        context.current().request_id,
+    return _order(subjects.JOBS_INGEST, document.job_id, order.SerializeToString())
+
+
+def train_job(finetune: Finetune, upload: Upload) -> Message:
+    """Makes the order to finetune a model; hyperparameters that the client left to us are absent."""
+    order = events_pb2.TrainJob(
+        job_id=finetune.job.job_id,
+        tenant=finetune.job.tenant,
+        model=finetune.base,
+        training_file_id=upload.upload_id,
+        training_file_sha256=upload.row.sha256,
+        # What follows the colon of the model's id, so that the trainer need not know what becomes of no suffix.
+        suffix=finetune.suffix or finetune.job.job_id,
+        hyperparameters_json=json.dumps(finetune.hyperparameters.given()),
+        seed=finetune.seed,
     )
+    return _order(subjects.JOBS_TRAIN, finetune.job.job_id, order.SerializeToString())
+
+
+def evaluate_job(evaluation: Evaluation) -> Message:
+    """Makes the order to evaluate a model."""
+    order = events_pb2.EvaluateJob(
+        job_id=evaluation.job.job_id, tenant=evaluation.job.tenant, model=evaluation.model, task=evaluation.task
+    )
+    if evaluation.upload is not None:
+        order.task_file_id = evaluation.upload.upload_id
+        order.task_file_sha256 = evaluation.upload.row.sha256
+    return _order(subjects.JOBS_EVALUATE, evaluation.job.job_id, order.SerializeToString())
+
+
+def _order(subject: str, job_id: str, payload: bytes) -> Message:
+    # The job's id is the message's, so that publishing twice orders once.
+    return Message(subject, job_id, payload, telemetry.traceparent(), context.current().request_id)

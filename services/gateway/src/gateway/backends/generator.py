@@ -74,7 +74,7 @@ class GrpcGenerator:
         """The models and adapters of the replica."""
         async with rpc.call("generator.ListModels", timeout_s=timeout_s) as out:
             response = await self._stub.ListModels(pb.ListModelsRequest(), timeout=out.timeout_s, metadata=out.metadata)
-        return [ServedModel(model.id, model.created_unix_s) for model in response.models]
+        return [ServedModel(model.id, model.created_unix_s, model.base) for model in response.models]
 
 
 def _request(call: Generation) -> pb.GenerateRequest:
@@ -87,6 +87,8 @@ def _request(call: Generation) -> pb.GenerateRequest:
         tenant=call.tenant,
         logprobs=call.logprobs,
         prompt_logprobs=call.prompt_logprobs,
+        adapter=call.adapter,
+        priority=call.priority,
     )
     _set_prompt(request, call.prompt)
     if call.grammar is not None:

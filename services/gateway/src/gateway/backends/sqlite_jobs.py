@@ -2,7 +2,8 @@
 
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gateway.backends import sqlite_outbox
@@ -10,9 +11,9 @@ from gateway.backends.sqlite import Database
 from gateway.core import jobs
 from gateway.core.jobs import Applied, Job, JobStatus, Report
 
-_COLUMNS = """
+COLUMNS = """
     job_id, tenant, type, created_unix_ms, status, done, total, error, result_json, cancel_requested, document_id,
-    file_id, reported_unix_ms, reported_sequence
+    file_id, reported_unix_ms, reported_sequence, key_id, started_unix_ms, finished_unix_ms
 """
 _UNFINISHED = f"('{JobStatus.QUEUED}', '{JobStatus.RUNNING}')"
 
@@ -20,8 +21,9 @@ _UNFINISHED = f"('{JobStatus.QUEUED}', '{JobStatus.RUNNING}')"
 class SqliteJobs:
     """Reads and writes the table jobs."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, now: Callable[[], float] = time.time) -> None:
         self._database = database
+        self._now = now
 
     async def get(self, tenant: str, job_id: str) -> Job | None:
         """Returns the tenant's job."""
@@ -34,19 +36,19 @@ class SqliteJobs:
         def query(connection: sqlite3.Connection) -> list[Job]:
             rows = connection.execute(
                 f"""
-                SELECT {_COLUMNS} FROM jobs WHERE tenant = :tenant
+                SELECT {COLUMNS} FROM jobs WHERE tenant = :tenant
                     AND (:after IS NULL OR seq < (SELECT seq FROM jobs WHERE job_id = :after AND tenant = :tenant))
                 ORDER BY seq DESC LIMIT :limit
                 """,
                 {"tenant": tenant, "after": after, "limit": limit},
             )
-            return [_job(row) for row in rows]
+            return [job_of(row) for row in rows]
 
         return await self._database.read(query)
 
     async def apply(self, report: Report) -> Applied:
         """Applies a report; an unknown job is ignored."""
-        return await self._database.write(lambda connection: _apply(connection, report))
+        return await self._database.write(lambda connection: _apply(connection, report, self._now_ms()))
 
     async def cancel(self, tenant: str, job_id: str) -> Job | None:
         """Asks to stop the tenant's job and returns it; what was not yet published of it never is."""
@@ -55,7 +57,7 @@ class SqliteJobs:
             job = _find(connection, job_id)
             if job is None or job.tenant != tenant:
                 return None
-            changed = jobs.cancelled(job)
+            changed = jobs.stamped(job, jobs.cancelled(job), self._now_ms())
             if changed is not job:
                 _update(connection, changed)
             if changed.status is JobStatus.CANCELLED:
@@ -65,12 +67,15 @@ class SqliteJobs:
 
         return await self._database.write(unit)
 
+    def _now_ms(self) -> int:
+        return int(self._now() * 1000)
+
 
 def insert(connection: sqlite3.Connection, job: Job, message_id: str) -> None:
     """Adds a job; to be called inside a unit of work, together with its message."""
     connection.execute(
         f"""
-        INSERT INTO jobs ({_COLUMNS}, message_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        INSERT INTO jobs ({COLUMNS}, message_id) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
         """,
         (
             job.job_id,
@@ -87,6 +92,9 @@ def insert(connection: sqlite3.Connection, job: Job, message_id: str) -> None:
             job.file_id,
             job.reported_unix_ms,
             job.reported_sequence,
+            job.key_id,
+            job.started_unix_ms,
+            job.finished_unix_ms,
             message_id,
         ),
     )
@@ -109,51 +117,65 @@ def unneeded_files(connection: sqlite3.Connection, file_ids: Iterable[str | None
     return freed
 
 
-def _apply(connection: sqlite3.Connection, report: Report) -> Applied:
+def has_unfinished(connection: sqlite3.Connection, file_id: str) -> bool:
+    """Says whether a job that has not ended reads the file."""
+    row = connection.execute(f"SELECT 1 FROM jobs WHERE file_id = ? AND status IN {_UNFINISHED} LIMIT 1", (file_id,))
+    return row.fetchone() is not None
+
+
+def num_unfinished(connection: sqlite3.Connection, tenant: str, type_: str) -> int:
+    """Counts the tenant's jobs of a type that have not ended."""
+    (count,) = connection.execute(
+        f"SELECT count(*) FROM jobs WHERE tenant = ? AND type = ? AND status IN {_UNFINISHED}", (tenant, type_)
+    ).fetchone()
+    return int(count)
+
+
+def _apply(connection: sqlite3.Connection, report: Report, now_ms: int) -> Applied:
     job = _find(connection, report.job_id)
     if job is None:
         return Applied()
-    changed = jobs.advanced(job, report)
+    changed = jobs.stamped(job, jobs.advanced(job, report), now_ms)
     if changed is not job:
         _update(connection, changed)
     # A worker that reports on a job that was asked to stop has not heard it: the call may have been lost.
     stop = [job.job_id] if job.cancel_requested and not report.status.is_final else []
     freed: list[str] = []
     if changed is not job and changed.status.is_final:
-        superseded = _supersede(connection, changed) if changed.status is JobStatus.SUCCEEDED else []
+        superseded = _supersede(connection, changed, now_ms) if changed.status is JobStatus.SUCCEEDED else []
         stop += [old.job_id for old in superseded]
         freed = unneeded_files(connection, [changed.file_id, *(old.file_id for old in superseded)])
     return Applied(must_stop=stop, freed_files=freed)
 
 
-def _supersede(connection: sqlite3.Connection, job: Job) -> list[Job]:
+def _supersede(connection: sqlite3.Connection, job: Job, now_ms: int) -> list[Job]:
     """Cancels the older unfinished jobs of the same document: a late attempt would put old content back."""
     rows = connection.execute(
         f"""
-        SELECT {_COLUMNS} FROM jobs WHERE document_id = :document_id AND status IN {_UNFINISHED}
+        SELECT {COLUMNS} FROM jobs WHERE document_id = :document_id AND status IN {_UNFINISHED}
             AND seq < (SELECT seq FROM jobs WHERE job_id = :job_id)
         """,
         {"document_id": job.document_id, "job_id": job.job_id},
     ).fetchall()
-    superseded = [_job(row) for row in rows]
+    superseded = [job_of(row) for row in rows]
     for old in superseded:
         connection.execute(
-            "UPDATE jobs SET status = ?, error = ?, cancel_requested = 1 WHERE job_id = ?",
-            (JobStatus.CANCELLED, f"superseded by {job.job_id}", old.job_id),
+            "UPDATE jobs SET status = ?, error = ?, cancel_requested = 1, finished_unix_ms = ? WHERE job_id = ?",
+            (JobStatus.CANCELLED, f"superseded by {job.job_id}", now_ms, old.job_id),
         )
     return superseded
 
 
 def _find(connection: sqlite3.Connection, job_id: str) -> Job | None:
-    row = connection.execute(f"SELECT {_COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
-    return _job(row) if row else None
+    row = connection.execute(f"SELECT {COLUMNS} FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+    return job_of(row) if row else None
 
 
 def _update(connection: sqlite3.Connection, job: Job) -> None:
     connection.execute(
         """
         UPDATE jobs SET status = ?, done = ?, total = ?, error = ?, result_json = ?, cancel_requested = ?,
-            reported_unix_ms = ?, reported_sequence = ? WHERE job_id = ?
+            reported_unix_ms = ?, reported_sequence = ?, started_unix_ms = ?, finished_unix_ms = ? WHERE job_id = ?
         """,
         (
             job.status,
@@ -164,6 +186,8 @@ def _update(connection: sqlite3.Connection, job: Job) -> None:
             job.cancel_requested,
             job.reported_unix_ms,
             job.reported_sequence,
+            job.started_unix_ms,
+            job.finished_unix_ms,
             job.job_id,
         ),
     )
@@ -173,9 +197,9 @@ def _dumped(job: Job) -> str | None:
     return json.dumps(dict(job.result)) if job.result is not None else None
 
 
-def _job(row: tuple[Any, ...]) -> Job:
+def job_of(row: tuple[Any, ...]) -> Job:
     (job_id, tenant, type_, created, status, done, total, error, result_json, cancel_requested, *rest) = row
-    document_id, file_id, reported_unix_ms, reported_sequence = rest
+    document_id, file_id, reported_unix_ms, reported_sequence, key_id, started_unix_ms, finished_unix_ms = rest
     return Job(
         job_id=job_id,
         tenant=tenant,
@@ -191,4 +215,7 @@ def _job(row: tuple[Any, ...]) -> Job:
         file_id=file_id,
         reported_unix_ms=reported_unix_ms,
         reported_sequence=reported_sequence,
+        key_id=key_id,
+        started_unix_ms=started_unix_ms,
+        finished_unix_ms=finished_unix_ms,
     )

@@ -128,4 +128,50 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX documents_of_tenant ON documents (tenant, seq)",
         "CREATE INDEX documents_of_file ON documents (file_id)",
     ),
+    (
+        "ALTER TABLE jobs ADD COLUMN key_id TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE jobs ADD COLUMN started_unix_ms INTEGER",
+        "ALTER TABLE jobs ADD COLUMN finished_unix_ms INTEGER",
+        # Files that stay until their tenant deletes them; those in `files` go with their document and job. upload_id is
+        # what clients and workers name (and jobs.file_id holds), file_id the name on disk.
+        """
+        CREATE TABLE uploads (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            upload_id TEXT NOT NULL UNIQUE,
+            file_id TEXT NOT NULL UNIQUE,
+            tenant TEXT NOT NULL,
+            purpose TEXT NOT NULL,
+            filename TEXT NOT NULL,
+            content_type TEXT NOT NULL,
+            sha256 TEXT NOT NULL,
+            size_bytes INTEGER NOT NULL,
+            created_unix_ms INTEGER NOT NULL
+        ) STRICT
+        """,
+        "CREATE INDEX uploads_of_tenant ON uploads (tenant, seq)",
+        # An id belongs to the tenant that first claimed it, for ever: a name that once answered one tenant's requests
+        # must never answer with another's model.
+        """
+        CREATE TABLE tuned_models (
+            model_id TEXT PRIMARY KEY,
+            tenant TEXT NOT NULL,
+            base TEXT NOT NULL,
+            claimed_unix_ms INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID
+        """,
+        "CREATE INDEX tuned_models_of_tenant ON tuned_models (tenant)",
+        """
+        CREATE TABLE finetunes (
+            job_id TEXT PRIMARY KEY REFERENCES jobs (job_id),
+            model_id TEXT NOT NULL REFERENCES tuned_models (model_id),
+            training_upload_id TEXT NOT NULL,
+            suffix TEXT NOT NULL,
+            seed INTEGER NOT NULL,
+            hyperparameters_json TEXT NOT NULL,
+            metadata_json TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID
+        """,
+        "CREATE INDEX finetunes_of_model ON finetunes (model_id)",
+        "CREATE INDEX jobs_unfinished ON jobs (tenant, type) WHERE status IN ('queued', 'running')",
+    ),
 )

@@ -61,6 +61,23 @@ def media_type_of(declared: str | None, filename: str | None) -> str:
     )
 
 
+class NotEmpty:
+    """Lets every file pass that has a byte: what is in it is judged by the job that reads it."""
+
+    def __init__(self, param: str) -> None:
+        self._param = param
+        self._is_empty = True
+
+    def feed(self, piece: bytes) -> None:
+        """Takes the next bytes."""
+        self._is_empty = self._is_empty and not piece
+
+    def finish(self) -> None:
+        """Judges the whole."""
+        if self._is_empty:
+            raise PlatformError(Code.INVALID_ARGUMENT, f"{self._param} is empty", param=self._param)
+
+
 class Inspector:
     """Looks at the bytes of an upload as they pass; feed() and finish() raise PlatformError naming `param`."""
 

@@ -90,10 +90,22 @@ class Indexed:
     indexed_unix_s: int
 
 
+class Inspection(Protocol):
+    """Looks at the bytes of a file as they pass; both methods raise PlatformError to refuse it."""
+
+    def feed(self, piece: bytes) -> None:
+        """Takes the next bytes."""
+        ...
+
+    def finish(self) -> None:
+        """Judges the whole."""
+        ...
+
+
 class FileStore(Protocol):
     """Where files lie. Every method blocks in a thread of its own, not on the loop."""
 
-    async def save(self, source: BinaryIO, inspector: Inspector) -> StoredFile:
+    async def save(self, source: BinaryIO, inspector: Inspection) -> StoredFile:
         """Copies the source, durable when it returns; nothing remains of one that the inspector refuses."""
         ...
 

@@ -60,6 +60,8 @@ class GraphRequest:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
     collection: str | None = None  # None: the one that the graph declares
+    adapter: str = ""  # the adapter that its model answers through, where the graph is a plain one
+    priority: int = 0  # scheduling class in the generator: higher runs first
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,19 @@ class Answer(Node, Protocol):
         ...
 
 
+class Graph(Protocol):
+    """What a request can name as its model."""
+
+    @property
+    def name(self) -> str:
+        """As requests name it."""
+        ...
+
+    def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
+        """Streams the answer; the caller closes it (contextlib.aclosing) in the task that iterates it."""
+        ...
+
+
 SpanFactory = Callable[[str], AbstractContextManager[object]]
 
 
@@ -145,6 +160,11 @@ class Sequenced:
         self._steps = tuple(steps)
         self._answer = answer
         self._span = span
+
+    @property
+    def is_plain(self) -> bool:
+        """It is a model of the generator under its own name and nothing else: what adapters can be made for."""
+        return not self._steps and self.name == self.model
 
     async def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Walks the graph; the caller closes it (contextlib.aclosing) in the task that iterates it."""

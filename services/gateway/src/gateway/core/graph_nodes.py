@@ -102,6 +102,8 @@ def _generation(model: str, request: GraphRequest) -> Generation:
         logprobs=request.logprobs,
         prompt_logprobs=request.prompt_logprobs,
         grammar=request.grammar,
+        adapter=request.adapter,
+        priority=request.priority,
     )
 
 

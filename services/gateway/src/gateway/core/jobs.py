@@ -26,7 +26,7 @@ class JobStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job. document_id and file_id name what an ingest job is about."""
+    """One job. document_id names what an ingest job is about, file_id the file that any job reads."""
 
     job_id: str
     tenant: str
@@ -42,6 +42,9 @@ class Job:
     file_id: str | None = None
     reported_unix_ms: int = 0  # time and sequence of the last report that counted
     reported_sequence: int = 0
+    key_id: str = ""  # of the key that ordered it; empty where that is not known
+    started_unix_ms: int | None = None  # when we first heard that a worker has it, and that it ended: by our own clock
+    finished_unix_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,18 @@ def cancelled(job: Job, why: str | None = None) -> Job:
     if job.status is JobStatus.RUNNING:
         return replace(job, cancel_requested=True)
     return job
+
+
+def stamped(before: Job, after: Job, now_unix_ms: int) -> Job:
+    """Returns `after` with the times of what has just changed: a worker's clock may be wrong, so ours is read."""
+    if before.status is after.status:
+        return after
+    is_new = before.started_unix_ms is None and not (before.status is JobStatus.QUEUED and after.cancel_requested)
+    return replace(
+        after,
+        started_unix_ms=now_unix_ms if is_new else before.started_unix_ms,
+        finished_unix_ms=now_unix_ms if after.status.is_final else None,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,8 @@ class Generation:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    adapter: str = ""  # answers through it; empty: the model itself
+    priority: int = 0  # higher runs first
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +165,16 @@ class Tokenized:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that a service answers for."""
+    """A model or adapter that a service answers for."""
 
     id: str
     created_unix_s: int
+    base: str = ""  # the model that an adapter belongs to; empty or its own id for a model
+
+    @property
+    def is_adapter(self) -> bool:
+        """It is an adapter of another model."""
+        return self.base not in ("", self.id)
 
 
 @dataclass(frozen=True, slots=True)

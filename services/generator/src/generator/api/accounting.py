@@ -1,5 +1,6 @@
 """What is told of a request when it has ended, in whatever way: one log line, the metrics, and the engine's spans."""
 
+import contextlib
 import logging
 
 from opentelemetry import trace
@@ -13,7 +14,10 @@ SERVICE = "generator"
 
 
 def settle(summary: Summary, model_id: str) -> None:
-    """Accounts for an ended request. Runs in the request's context, so ids and the parent span are its own."""
+    """Accounts for an ended request of a base or an adapter.
+
+    Runs in the request's context, so ids and the parent span are its own.
+    """
     _count(summary, model_id)
     _trace(summary)
     log.info(
@@ -58,3 +62,20 @@ def _draw(name: str, start_s: float, end_s: float, attributes: dict[str, float])
         name, kind=trace.SpanKind.INTERNAL, start_time=int(start_s * 1e9), attributes=attributes
     )
     span.end(int(end_s * 1e9))
+
+
+def count_adapter_load(outcome: str) -> None:
+    """Counts a load of an adapter: "loaded", "present" or "failed"."""
+    metrics.ADAPTER_LOADS.labels(SERVICE, outcome).inc()
+
+
+def forget(adapter_id: str) -> None:
+    """Drops the metrics of an adapter that is gone, so that labels stay as few as what is loaded."""
+    for metric, kinds in (
+        (metrics.TOKENS, ("prompt", "completion", "cached")),
+        (metrics.TTFT_SECONDS, None),
+        (metrics.TPOT_SECONDS, None),
+    ):
+        for labels in [(kind,) for kind in kinds] if kinds else [()]:
+            with contextlib.suppress(KeyError):  # it was never asked anything
+                metric.remove(SERVICE, adapter_id, *labels)

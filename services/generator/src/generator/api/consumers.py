@@ -9,6 +9,7 @@ from pressroom.events.v1 import events_pb2
 from chassis.bus import Received
 from chassis.errors import Code, PlatformError
 from generator.core.engine import Engine
+from generator.core.library import ANOTHER_BASE, AdapterLibrary, AdapterOrder
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,23 @@ def make_cancel_handler(engine: Engine) -> Callable[[Received], Awaitable[None]]
     return cancel
 
 
-async def on_model_published(received: Received) -> None:
-    """Tells that a published adapter is not loaded: this engine cannot yet."""
-    try:
-        message = events_pb2.ModelPublished.FromString(received.payload)
-    except DecodeError as error:
-        raise PlatformError(Code.DATA_LOSS, "the event could not be read", retryable=False) from error
-    log.warning("published model not loaded: adapters are not supported yet", extra={"model": message.id})
+def make_published_handler(library: AdapterLibrary) -> Callable[[Received], Awaitable[None]]:
+    """Returns the handler of events.model.published: the adapter answers before the event is acked."""
+
+    async def publish(received: Received) -> None:
+        try:
+            message = events_pb2.ModelPublished.FromString(received.payload)
+        except DecodeError as error:
+            raise PlatformError(Code.DATA_LOSS, "the event could not be read", retryable=False) from error
+        order = AdapterOrder(message.id, message.path, message.manifest_sha256)
+        try:
+            await library.load(order, only_newer=True)
+        except PlatformError as error:
+            if error.reason == ANOTHER_BASE:  # some other generator's
+                log.info("published adapter is not for this base", extra={"adapter": order.id, "error": error.message})
+                return
+            if error.code is Code.NOT_FOUND:  # a store that is shared over a network may lag behind the event
+                raise PlatformError(error.code, error.message, retryable=True) from error
+            raise
+
+    return publish

@@ -1,4 +1,4 @@
-"""gRPC: pressroom.generator.v1 over one engine."""
+"""gRPC: pressroom.generator.v1 over one engine and its adapters."""
 
 import asyncio
 import time
@@ -12,7 +12,9 @@ from chassis import context
 from chassis.errors import Code, PlatformError
 from generator.api import accounting, wire
 from generator.core import requests
+from generator.core.adapters import not_loaded
 from generator.core.engine import Engine
+from generator.core.library import AdapterLibrary, AdapterOrder
 from generator.core.text import Tokenizer
 
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
@@ -27,47 +29,77 @@ class RpcContext(Protocol):
 
 
 class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
-    """The service of the proto over one engine and its tokenizer."""
+    """The service of the proto over one engine, its adapters and its tokenizer."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        library: AdapterLibrary,
+        tokenizer: Tokenizer,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._engine = engine
+        self._library = library
         self._tokenizer = tokenizer
         self._clock = clock
 
     async def Generate(self, request: pb.GenerateRequest, rpc: RpcContext) -> AsyncIterator[pb.GenerateResponse]:
-        self._check_model(request.model)
+        adapter = self._adapter(request.model, request.adapter)
         deadline_s = self._deadline(request, rpc)
         prompt_ids = await self._prompt_ids(request)
-        asked = wire.read_request(request, prompt_ids, context.current().request_id, deadline_s)
-        model = self._engine.model
-        stream = self._engine.submit(asked, lambda summary: accounting.settle(summary, model.id))
+        asked = wire.read_request(request, prompt_ids, adapter, context.current().request_id, deadline_s)
+        model_id = adapter or self._engine.model.id
+        stream = self._engine.submit(asked, lambda summary: accounting.settle(summary, model_id))
         # Whatever way the call ends, this runs at once; a generator's `finally` may wait for its finaliser.
         rpc.add_done_callback(lambda _: stream.cancel())
         async for event in stream:
-            yield wire.write_event(event, asked, model, self._tokenizer)
+            yield wire.write_event(event, asked, self._tokenizer)
 
     async def Tokenize(self, request: pb.TokenizeRequest, rpc: RpcContext) -> pb.TokenizeResponse:
-        self._check_model(request.model)
+        self._adapter(request.model)
         token_ids = await self._prompt_ids(request)
         return pb.TokenizeResponse(token_ids=token_ids, context_length=self._engine.model.context_length)
 
     async def ListModels(self, request: pb.ListModelsRequest, rpc: RpcContext) -> pb.ListModelsResponse:
-        return pb.ListModelsResponse(models=[wire.write_model(self._engine.model)])
+        model = self._engine.model
+        adapters = [wire.write_adapter(adapter, model) for adapter in self._engine.adapters()]
+        return pb.ListModelsResponse(models=[wire.write_model(model), *adapters])
 
     async def GetStats(self, request: pb.GetStatsRequest, rpc: RpcContext) -> pb.GetStatsResponse:
         return wire.write_stats(self._engine.stats())
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, rpc: RpcContext) -> pb.LoadAdapterResponse:
-        raise _no_adapters()
+        self._check_lora()
+        for name in ("adapter", "path", "manifest_sha256"):
+            if not getattr(request, name):
+                raise PlatformError(Code.INVALID_ARGUMENT, f"{name} must not be empty", param=name)
+        order = AdapterOrder(request.adapter, request.path, request.manifest_sha256)
+        adapter = await self._library.load(order)
+        return pb.LoadAdapterResponse(model=wire.write_adapter(adapter, self._engine.model))
 
     async def UnloadAdapter(self, request: pb.UnloadAdapterRequest, rpc: RpcContext) -> pb.UnloadAdapterResponse:
-        raise _no_adapters()
+        self._check_lora()
+        await self._library.unload(request.adapter)
+        accounting.forget(request.adapter)
+        return pb.UnloadAdapterResponse()
 
-    def _check_model(self, model_id: str) -> None:
+    def _check_lora(self) -> None:
+        if "lora" not in self._engine.model.capabilities:
+            raise PlatformError(Code.UNIMPLEMENTED, "this engine does not support adapters", reason="unsupported")
+
+    def _adapter(self, model_id: str, adapter_id: str = "") -> str:
+        """Returns the adapter that is meant, "" for the base. It may be named as model, as adapter or as both."""
         served = self._engine.model.id
-        if model_id != served:
-            message = f"model {model_id!r} is not served here; {served!r} is"
-            raise PlatformError(Code.NOT_FOUND, message, param="model", reason="model_not_found")
+        if model_id not in (served, adapter_id) or model_id == "":
+            if adapter_id or self._library.get(model_id) is None:
+                message = f"model {model_id!r} is not served here; {served!r} is"
+                raise PlatformError(Code.NOT_FOUND, message, param="model", reason="model_not_found")
+            return model_id
+        if adapter_id in ("", served):
+            return ""
+        if self._library.get(adapter_id) is None:
+            raise not_loaded(adapter_id)
+        return adapter_id
 
     def _deadline(self, request: pb.GenerateRequest, rpc: RpcContext) -> float | None:
         """The earlier of the call's own deadline and the one in the request, in Unix seconds."""
@@ -107,7 +139,3 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
         least = size_bytes // self._tokenizer.max_token_bytes
         if least > self._engine.model.context_length:
             raise requests.context_overflow(self._engine.model, least, None, at_least=True)
-
-
-def _no_adapters() -> PlatformError:
-    return PlatformError(Code.UNIMPLEMENTED, "adapters cannot be loaded here yet", reason="unsupported")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pressroom.common.v1 import common_pb2
 from pressroom.generator.v1 import generator_pb2 as pb
 
+from generator.core.adapters import AdapterSpec
 from generator.core.engine import EngineStats
 from generator.core.events import Delta, Done, Event, Finished, FinishReason, Started
 from generator.core.requests import GenerationRequest, Grammar, ModelSpec, SamplingParams, StopParams
@@ -21,9 +22,13 @@ _REASONS = {
 
 
 def read_request(
-    message: pb.GenerateRequest, prompt_ids: Sequence[int], request_id: str, deadline_unix_s: float | None
+    message: pb.GenerateRequest,
+    prompt_ids: Sequence[int],
+    adapter: str,
+    request_id: str,
+    deadline_unix_s: float | None,
 ) -> GenerationRequest:
-    """Returns the core request for a message whose prompt was tokenized."""
+    """Returns the core request for a message whose prompt was tokenized and whose adapter is known."""
     return GenerationRequest(
         request_id=request_id,
         prompt_ids=tuple(prompt_ids),
@@ -34,7 +39,7 @@ def read_request(
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         deadline_unix_s=deadline_unix_s,
         priority=message.priority,
-        adapter=message.adapter,
+        adapter=adapter,
         cache_salt=message.cache_salt,
         grammar=_read_grammar(message),
     )
@@ -45,9 +50,7 @@ def read_messages(chat: pb.ChatPrompt) -> list[ChatMessage]:
     return [ChatMessage(m.role, m.content, m.tool_calls_json, m.tool_call_id) for m in chat.messages]
 
 
-def write_event(
-    event: Event, request: GenerationRequest, model: ModelSpec, vocabulary: Vocabulary
-) -> pb.GenerateResponse:
+def write_event(event: Event, request: GenerationRequest, vocabulary: Vocabulary) -> pb.GenerateResponse:
     """Returns the message for an event of a request's stream."""
     match event:
         case Started():
@@ -56,7 +59,9 @@ def write_event(
                 first = TokenLogprob(request.prompt_ids[0], math.nan)
                 scores = [_write_logprob(score, vocabulary) for score in (first, *event.prompt_logprobs)]
             return pb.GenerateResponse(
-                started=pb.Started(prompt_tokens=event.num_prompt, model_version=model.version, prompt_logprobs=scores)
+                started=pb.Started(
+                    prompt_tokens=event.num_prompt, model_version=event.model_version, prompt_logprobs=scores
+                )
             )
         case Delta():
             logprobs = [_write_logprob(logprob, vocabulary) for logprob in event.logprobs]
@@ -102,6 +107,18 @@ def write_model(model: ModelSpec) -> pb.ServedModel:
         context_length=model.context_length,
         capabilities=sorted(model.capabilities),
         created_unix_s=model.created_unix_s,
+    )
+
+
+def write_adapter(adapter: AdapterSpec, model: ModelSpec) -> pb.ServedModel:
+    """Returns an adapter's entry: it can what its base can."""
+    return pb.ServedModel(
+        id=adapter.id,
+        base=adapter.base,
+        version=adapter.version,
+        context_length=model.context_length,
+        capabilities=sorted(model.capabilities - {"lora"}),
+        created_unix_s=adapter.created_unix_s,
     )
 
 

@@ -1,15 +1,18 @@
 """A runner without weights for tests and simulations: bytes are its tokens, a hash of the context is its model.
 
 It keeps what it "computed" in slots and reads the whole context back through the block table, so that a scheduler
-that mixes up blocks, or skips a token, changes the text.
+that mixes up blocks, or skips a token, changes the text; and so does a context that another adapter computed.
 """
 
 import zlib
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 
+from chassis.errors import Code, PlatformError
 from generator.core import sampling
+from generator.core.adapters import AdapterFiles
 from generator.core.requests import ModelSpec
 from generator.core.sequences import Outcome, Sequence, TokenLogprob, Work
 from generator.core.text import ChatMessage
@@ -37,6 +40,14 @@ class ByteTokenizer:
         return "<end>" if token_id == EOS else bytes([token_id]).decode(errors="replace")
 
 
+@dataclass(frozen=True, slots=True)
+class ToyAdapter:
+    """An adapter's weights: a number that goes into the hash."""
+
+    salt: int
+    size_bytes: int
+
+
 class ToyRunner:
     """A deterministic model over bytes."""
 
@@ -49,7 +60,7 @@ class ToyRunner:
             vocab_size=VOCAB_SIZE,
             context_length=context_length,
             eos_token_ids=frozenset({EOS}),
-            capabilities=frozenset({"logprobs", "prompt_logprobs"}),
+            capabilities=frozenset({"logprobs", "prompt_logprobs", "lora"}),
         )
 
     @property
@@ -59,11 +70,19 @@ class ToyRunner:
     def warm_up(self) -> None:
         """Nothing to warm."""
 
+    def read_adapter(self, files: AdapterFiles) -> ToyAdapter:
+        """See Runner.read_adapter; a toy adapter is any bytes but none."""
+        if not files.tensors:
+            raise PlatformError(Code.DATA_LOSS, f"adapter {files.spec.id!r} is empty")
+        return ToyAdapter(zlib.crc32(files.tensors) or 1, len(files.tensors))
+
     def execute(self, step: list[Work]) -> list[Outcome]:
         """See Runner.execute."""
         for work in step:
             start = work.sequence.num_computed
-            self._slots[self._slot_ids(work.sequence, start, work.end)] = work.sequence.token_ids[start : work.end]
+            computed = np.asarray(work.sequence.token_ids[start : work.end], dtype=np.int64)
+            slots = self._slot_ids(work.sequence, start, work.end)
+            self._slots[slots] = computed + VOCAB_SIZE * _salt(work.sequence)
         return [self._outcome(work) for work in step]
 
     def _outcome(self, work: Work) -> Outcome:
@@ -83,7 +102,9 @@ class ToyRunner:
 
     def _logits(self, sequence: Sequence, num_tokens: int) -> sampling.Floats:
         context = self._slots[self._slot_ids(sequence, 0, num_tokens)]
-        noise = np.random.default_rng(zlib.crc32(context.tobytes())).standard_normal(VOCAB_SIZE, dtype=np.float32)
+        noise = np.random.default_rng(zlib.crc32(context.tobytes(), _salt(sequence))).standard_normal(
+            VOCAB_SIZE, dtype=np.float32
+        )
         noise[_LETTERS] += 2.0
         return noise
 
@@ -91,3 +112,10 @@ class ToyRunner:
         positions = np.arange(start, end)
         table = np.asarray(sequence.table, dtype=np.int64)
         return table[positions // self._block_size] * self._block_size + positions % self._block_size
+
+
+def _salt(sequence: Sequence) -> int:
+    if sequence.adapter is None:
+        return 0
+    assert isinstance(sequence.adapter, ToyAdapter)
+    return sequence.adapter.salt

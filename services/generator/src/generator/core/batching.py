@@ -12,10 +12,18 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from chassis.errors import Code, PlatformError
-from generator.core import requests
+from generator.core import probe, requests
+from generator.core.active import Active
+from generator.core.adapters import (
+    AdapterFiles,
+    AdapterLimits,
+    AdapterSpec,
+    AdapterTable,
+    LoadedAdapter,
+    not_loaded,
+)
 from generator.core.blocks import BlockManager
 from generator.core.completion import Completion
 from generator.core.engine import EngineStats, OutOfMemory, Runner
@@ -32,28 +40,6 @@ _IDLE_WAIT_S = 1.0  # an idle engine looks at deadlines this often; work wakes i
 _JOIN_TIMEOUT_S = 10.0
 
 
-@dataclass(slots=True, eq=False)
-class _Active:
-    """A request that is in the engine: its sequences, their texts and the way back to its reader."""
-
-    request: GenerationRequest
-    stream: TokenStream
-    on_settled: OnSettled
-    context: contextvars.Context
-    arrived_s: float
-    sequences: list[Sequence]
-    completions: list[Completion]
-    is_cancelled: bool = False
-    is_started: bool = False
-    admitted_s: float | None = None
-    first_token_s: float | None = None
-    early: list[Event] = field(default_factory=list)  # events of other completions that must wait for `started`
-
-    @property
-    def is_finished(self) -> bool:
-        return all(completion.reason is not None for completion in self.completions)
-
-
 class BatchingEngine:
     """Continuous batching over a Runner. Start it on the event loop; close it when the servers have stopped."""
 
@@ -63,6 +49,7 @@ class BatchingEngine:
         vocabulary: Vocabulary,
         blocks: BlockManager,
         limits: SchedulerLimits,
+        adapter_limits: AdapterLimits = AdapterLimits(),
         clock: Callable[[], float] = time.time,
     ) -> None:
         if blocks.num_blocks * blocks.block_size <= runner.model.context_length:
@@ -75,7 +62,8 @@ class BatchingEngine:
         self._vocabulary = vocabulary
         self._clock = clock
         self._scheduler = Scheduler(blocks, limits)
-        self._requests: dict[Sequence, _Active] = {}  # one entry for each unfinished sequence
+        self._adapters = AdapterTable(adapter_limits)
+        self._requests: dict[Sequence, Active] = {}  # one entry for each unfinished sequence
         self._num_arrived = 0
         self._prompt_tokens_total = 0
         self._completion_tokens_total = 0
@@ -88,7 +76,8 @@ class BatchingEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         # Wake-ups of one step go to the loop in one call.
         self._to_wake: dict[TokenStream, None] = {}
-        self._settled: list[tuple[_Active, Summary]] = []
+        self._settled: list[tuple[Active, Summary]] = []
+        self._unused: list[LoadedAdapter] = []
 
     # The event loop's side.
 
@@ -104,7 +93,14 @@ class BatchingEngine:
     def submit(self, request: GenerationRequest, on_settled: OnSettled) -> TokenStream:
         """See Engine.submit."""
         requests.check(request, self.model)
-        active = self._make_active(request, on_settled)
+        with self._work:
+            adapter = self._adapters.get(request.adapter) if request.adapter else None
+        if request.adapter and adapter is None:
+            raise not_loaded(request.adapter)
+        return self._submit(request, on_settled, adapter)
+
+    def _submit(self, request: GenerationRequest, on_settled: OnSettled, adapter: LoadedAdapter | None) -> TokenStream:
+        active = self._make_active(request, on_settled, adapter)
         with self._work:
             if self._draining or self._failure is not None:
                 raise PlatformError(Code.UNAVAILABLE, "the generator is shutting down", retry_after_s=1.0)
@@ -113,6 +109,8 @@ class BatchingEngine:
                 sequence.arrival = self._num_arrived
             self._scheduler.add(active.sequences)
             self._requests.update(dict.fromkeys(active.sequences, active))
+            if adapter is not None:
+                self._adapters.acquire(adapter)
             self._work.notify()
         return active.stream
 
@@ -124,6 +122,41 @@ class BatchingEngine:
                 active.is_cancelled = True
             self._work.notify()
         return len(found)
+
+    def adapters(self) -> tuple[AdapterSpec, ...]:
+        """See AdapterHost.adapters."""
+        with self._work:
+            return self._adapters.specs()
+
+    async def load_adapter(self, files: AdapterFiles) -> AdapterSpec:
+        """See AdapterHost.load_adapter. Weights are read on a thread and swapped in between two steps."""
+        spec = files.spec
+        with self._work:
+            loaded = self._adapters.get(spec.id)
+            if loaded is not None and loaded.spec.manifest_sha256 == spec.manifest_sha256:
+                return loaded.spec
+            self._adapters.check_room(spec.id)
+        adapter = LoadedAdapter(spec, await asyncio.to_thread(self._runner.read_adapter, files))
+        with self._work:
+            self._adapters.check_room(spec.id, adapter.weights.size_bytes)
+        # Under no id yet: a client can have the adapter only when its probe was answered.
+        await probe.read_probe(spec, self._submit(probe.probe_request(spec, self.model), lambda _: None, adapter))
+        with self._work:
+            self._adapters.put(adapter)
+        return spec
+
+    async def unload_adapter(self, adapter_id: str) -> None:
+        """See AdapterHost.unload_adapter."""
+        with self._work:
+            adapter = self._adapters.remove(adapter_id)
+        if adapter is None:
+            raise not_loaded(adapter_id)
+        while True:
+            adapter.unused.clear()
+            with self._work:
+                if not adapter.num_users:
+                    return
+            await adapter.unused.wait()
 
     def stats(self) -> EngineStats:
         """See Engine.stats."""
@@ -159,26 +192,31 @@ class BatchingEngine:
             self._work.notify()
         await asyncio.to_thread(self._thread.join, _JOIN_TIMEOUT_S)
 
-    def _make_active(self, request: GenerationRequest, on_settled: OnSettled) -> _Active:
+    def _make_active(self, request: GenerationRequest, on_settled: OnSettled, adapter: LoadedAdapter | None) -> Active:
         most = requests.max_new_tokens(request, self.model)
         eos = self.model.eos_token_ids
         suppressed = tuple(eos | frozenset(request.stop.stop_token_ids)) if request.stop.min_tokens else ()
         seed = random.getrandbits(64) if request.sampling.seed is None else request.sampling.seed
-        active = _Active(
+        active = Active(
             request=request,
+            model_version=adapter.spec.version if adapter else self.model.version,
+            adapter=adapter,
             stream=TokenStream(lambda: self._cancel_active(active)),
             on_settled=on_settled,
             context=contextvars.copy_context(),
             arrived_s=self._clock(),
-            sequences=[Sequence(request, i, 0, seed, most, suppressed) for i in range(request.n)],
+            sequences=[
+                Sequence(request, i, 0, seed, most, suppressed, adapter.weights if adapter else None)
+                for i in range(request.n)
+            ],
             completions=[Completion(i, request.stop, most, eos, self._vocabulary) for i in range(request.n)],
         )
         return active
 
-    def _actives(self) -> list[_Active]:
+    def _actives(self) -> list[Active]:
         return list(dict.fromkeys(self._requests.values()))
 
-    def _cancel_active(self, active: _Active) -> None:
+    def _cancel_active(self, active: Active) -> None:
         with self._work:
             active.is_cancelled = True
             self._work.notify()
@@ -239,11 +277,11 @@ class BatchingEngine:
             if active.request.prompt_logprobs is None:
                 self._start(active)
 
-    def _start(self, active: _Active) -> None:
+    def _start(self, active: Active) -> None:
         active.is_started = True
         scores = tuple(active.sequences[0].prompt_logprobs)
         early, active.early = active.early, []
-        self._push(active, [Started(len(active.request.prompt_ids), scores), *early])
+        self._push(active, [Started(len(active.request.prompt_ids), scores, active.model_version), *early])
 
     def _take(self, work: Work, outcome: Outcome) -> None:
         """Enters the outcome of one work: progress, prompt scores, the new token, perhaps the end."""
@@ -267,7 +305,7 @@ class BatchingEngine:
         if completion.reason is not None:
             self._finish(active, sequence, completion)
 
-    def _finish(self, active: _Active, sequence: Sequence, completion: Completion) -> None:
+    def _finish(self, active: Active, sequence: Sequence, completion: Completion) -> None:
         """Frees a sequence and tells its end; with the last one the request is done."""
         assert completion.reason is not None
         self._drop(sequence)
@@ -275,11 +313,10 @@ class BatchingEngine:
         if active.is_finished:
             if not active.is_started:  # ended before its prompt was read
                 self._start(active)
-            summary = self._summarise(active, [c.reason for c in active.completions if c.reason is not None])
+            summary = self._settle(active, [c.reason for c in active.completions if c.reason is not None])
             self._push(active, [Done(summary)])
-            self._settled.append((active, summary))
 
-    def _end_all(self, active: _Active, reason: FinishReason) -> None:
+    def _end_all(self, active: Active, reason: FinishReason) -> None:
         for sequence, completion in zip(active.sequences, active.completions, strict=True):
             if completion.reason is None:
                 delta = completion.end(reason)
@@ -287,7 +324,7 @@ class BatchingEngine:
                     self._push(active, [delta])
                 self._finish(active, sequence, completion)
 
-    def _fail(self, active: _Active, error: PlatformError) -> None:
+    def _fail(self, active: Active, error: PlatformError) -> None:
         """Ends a request with an error in place of the rest of its events."""
         for sequence, completion in zip(active.sequences, active.completions, strict=True):
             if completion.reason is None:
@@ -295,7 +332,7 @@ class BatchingEngine:
                 self._drop(sequence)
         active.stream.fail(error)
         self._to_wake[active.stream] = None
-        self._settled.append((active, self._summarise(active, [FinishReason.ERROR] * active.request.n)))
+        self._settle(active, [FinishReason.ERROR] * active.request.n)
 
     def _fail_largest(self, step: list[Work], error: OutOfMemory) -> None:
         """Out of memory is the error of the request that asked for most; the others' step is planned again."""
@@ -310,21 +347,15 @@ class BatchingEngine:
         self._scheduler.remove(sequence)
         del self._requests[sequence]
 
-    def _summarise(self, active: _Active, reasons: list[FinishReason]) -> Summary:
-        return Summary(
-            request_id=active.request.request_id,
-            num_prompt=len(active.request.prompt_ids),
-            num_completion=sum(completion.num_tokens for completion in active.completions),
-            num_cached=0,
-            reasons=tuple(reasons),
-            num_preemptions=sum(sequence.num_preemptions for sequence in active.sequences),
-            arrived_s=active.arrived_s,
-            admitted_s=active.admitted_s,
-            first_token_s=active.first_token_s,
-            finished_s=self._clock(),
-        )
+    def _settle(self, active: Active, reasons: list[FinishReason]) -> Summary:
+        """Notes that a request has ended: it holds nothing any more, and its end will be told on the loop."""
+        summary = active.summarise(reasons, self._clock())
+        self._settled.append((active, summary))
+        if active.adapter is not None and self._adapters.release(active.adapter):
+            self._unused.append(active.adapter)
+        return summary
 
-    def _push(self, active: _Active, events: Iterable[Event]) -> None:
+    def _push(self, active: Active, events: Iterable[Event]) -> None:
         if not active.is_started:
             active.early.extend(events)
             return
@@ -337,10 +368,13 @@ class BatchingEngine:
         """Hands the step's wake-ups and endings to the loop, without the lock."""
         to_wake, self._to_wake = list(self._to_wake), {}
         settled, self._settled = self._settled, []
+        unused, self._unused = self._unused, []
         if to_wake:
             self._call_on_loop(_wake_all, to_wake)
         for active, summary in settled:
             self._call_on_loop(active.context.run, active.on_settled, summary)
+        for adapter in unused:
+            self._call_on_loop(adapter.unused.set)
 
     def _call_on_loop(self, function: Callable[..., object], *arguments: object) -> None:
         assert self._loop is not None

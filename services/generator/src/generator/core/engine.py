@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from generator.core.adapters import AdapterFiles, AdapterSpec, AdapterWeights
 from generator.core.events import Summary
 from generator.core.requests import GenerationRequest, ModelSpec
 from generator.core.sequences import Outcome, Work
@@ -23,8 +24,29 @@ class EngineStats:
     preemptions_total: int
 
 
-class Engine(Protocol):
-    """Runs requests against one model. All methods are called on the event loop and return at once."""
+class AdapterHost(Protocol):
+    """The side of an engine that adapters come and go by. Called on the event loop."""
+
+    def adapters(self) -> tuple[AdapterSpec, ...]:
+        """Returns what is loaded; a request names it by its id."""
+        ...
+
+    async def load_adapter(self, files: AdapterFiles) -> AdapterSpec:
+        """Makes an adapter answer under its id; returns when a probe through it was answered.
+
+        The same manifest again is answered at once. Another one takes the id over: requests that run finish with what
+        they began with. Nothing has changed where it raises PlatformError: INVALID_ARGUMENT for what the engine cannot
+        apply, DATA_LOSS for damaged weights, FAILED_PRECONDITION for a failed probe, OVERLOADED for no room.
+        """
+        ...
+
+    async def unload_adapter(self, adapter_id: str) -> None:
+        """Hides an adapter from new requests at once; returns when those that use it have ended. Raises NOT_FOUND."""
+        ...
+
+
+class Engine(AdapterHost, Protocol):
+    """Runs requests against one model. All methods are called on the event loop; these return at once."""
 
     @property
     def model(self) -> ModelSpec: ...
@@ -54,13 +76,20 @@ class OutOfMemory(Exception):
 
 
 class Runner(Protocol):
-    """A model behind the batching engine. Called from the engine's thread alone; it may block."""
+    """A model behind the batching engine. It may block; only `read_adapter` is called from more than one thread."""
 
     @property
     def model(self) -> ModelSpec: ...
 
     def warm_up(self) -> None:
         """Runs usual shapes once, so that the first request does not pay for what is set up lazily."""
+        ...
+
+    def read_adapter(self, files: AdapterFiles) -> AdapterWeights:
+        """Makes weights of an adapter's files, for sequences that name them. Touches nothing that a step reads.
+
+        Raises PlatformError(INVALID_ARGUMENT) for what it cannot apply, DATA_LOSS for what cannot be right.
+        """
         ...
 
     def execute(self, step: list[Work]) -> list[Outcome]:

@@ -22,6 +22,7 @@ class Started:
 
     num_prompt: int
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    model_version: str = ""  # of the adapter or the base that answers
 
 
 @dataclass(frozen=True, slots=True)

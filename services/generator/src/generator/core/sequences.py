@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from generator.core.adapters import AdapterWeights
 from generator.core.requests import GenerationRequest, SamplingParams
+
+MAX_OVERTAKEN = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +31,14 @@ class Sequence:
     seed: int
     max_new_tokens: int
     suppressed_ids: tuple[int, ...] = ()  # may not be sampled before min_tokens
+    adapter: AdapterWeights | None = field(default=None, repr=False)  # None is the base; never changes
     token_ids: list[int] = field(default_factory=list, repr=False)
     num_prompt: int = 0
     num_computed: int = 0
     table: list[int] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list, repr=False)
     num_preemptions: int = 0
+    num_overtaken: int = 0  # how often a later one was let past this one, which is in the background
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
@@ -49,9 +54,20 @@ class Sequence:
         return self.request.sampling
 
     @property
+    def is_background(self) -> bool:
+        """Nobody waits for it: it takes what the others leave."""
+        return self.request.priority < 0
+
+    @property
+    def yields(self) -> bool:
+        """Whether all others go first; one in the background does not let them past for ever."""
+        return self.is_background and self.num_overtaken < MAX_OVERTAKEN
+
+    @property
     def order(self) -> tuple[int, int, int]:
         """Sorts by who goes first: higher priority, earlier arrival, lower index."""
-        return (-self.request.priority, self.arrival, self.index)
+        priority = self.request.priority if self.yields or not self.is_background else 0
+        return (-priority, self.arrival, self.index)
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -198,7 +198,10 @@ class SqliteProfiles:
         return await _within(self._thread, query)
 
     async def prune(self, oldest_start_unix_s: int, max_profiles: int) -> int:
-        return await self._write(lambda: self._prune(oldest_start_unix_s, max_profiles))
+        num_pruned = await self._write(lambda: self._prune(oldest_start_unix_s, max_profiles))
+        # Texts that were wiped from the file still stand in its write-ahead log until that is emptied.
+        await _within(self._thread, lambda: self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall())
+        return num_pruned
 
     def _prune(self, oldest_start_unix_s: int, max_profiles: int) -> int:
         aged = self._connection.execute("DELETE FROM profiles WHERE window_start_unix_s < ?", (oldest_start_unix_s,))

@@ -38,7 +38,7 @@ class Gauges(Protocol):
     """Where the profiling tells how it goes."""
 
     def sampled(self, outcome: str, num: int = 1) -> None:
-        """Counts samples: "profiled", "dropped" (too many waited), "skipped" (could not be profiled)."""
+        """Counts samples: "profiled", "dropped" (too many waited), "skipped" (no profile could be made), "expired"."""
         ...
 
     def profiled(self, model: str, statistics: Statistics, duration_s: float) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-_ELLIPSIS = "\n"
+_JOINT = "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,9 @@ def cut(text: str, max_chars: int) -> str:
     """Returns a text of at most `max_chars`: its first and its last half, for a question often follows its context."""
     if len(text) <= max_chars:
         return text
-    head = (max_chars - len(_ELLIPSIS)) // 2
-    tail = max_chars - len(_ELLIPSIS) - head
-    return text[:head] + _ELLIPSIS + text[len(text) - tail :]
+    head = (max_chars - len(_JOINT)) // 2
+    tail = max_chars - len(_JOINT) - head
+    return text[:head] + _JOINT + text[len(text) - tail :]
 
 
 def _share(message_id: str) -> float:

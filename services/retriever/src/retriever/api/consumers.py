@@ -5,32 +5,22 @@ import logging
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
-from pressroom.common.v1 import common_pb2
 from pressroom.events.v1 import events_pb2
 
 from chassis import context, telemetry
 from chassis.bus import Bus, Received
 from chassis.errors import Code, PlatformError
+from chassis.jobs import MAX_DELIVER, Cancellations, JobCancelled, Reporter, again, check_attempt, final_reason
+from chassis.patience import is_transient, patiently
+from contracts.jobs import encode_progress
 from contracts.subjects import EVENTS_DOCUMENT_INDEXED
-from retriever.api.cancellations import Cancellations
-from retriever.api.reporter import Reporter
 from retriever.core.documents import check_id, check_tenant
 from retriever.core.indexing import Watcher
 from retriever.core.ingest import Ingestor, IngestOrder, IngestResult
-from retriever.core.patience import is_transient, patiently
 
 log = logging.getLogger(__name__)
 
 DURABLE = "retriever-ingest"
-ACK_WAIT_S = 15.0  # a job whose worker was killed is delivered again after this
-# A service that is away may stay away for more than 20 minutes before a job fails of it: 45 deliveries, most of them
-# 30 s apart, besides what each attempt waits by itself. A crash of ours counts as a delivery too.
-MAX_DELIVER = 45
-# Deliveries after those run nothing and only tell the end of a job whose last attempt died without a word.
-MAX_DELIVER_OF_BUS = MAX_DELIVER + 5
-BACKOFF_S = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
-# What nobody foresaw does not get better by trying all day.
-_MAX_UNEXPECTED = 5
 
 
 class Files(Protocol):
@@ -39,10 +29,6 @@ class Files(Protocol):
     async def read(self, file_id: str, sha256: str) -> bytes:
         """Returns the bytes of a file of the current tenant."""
         ...
-
-
-class JobCancelled(Exception):
-    """Somebody asked to stop the job; raised between two batches."""
 
 
 class _JobWatcher(Watcher):
@@ -54,8 +40,7 @@ class _JobWatcher(Watcher):
         self._cancellations = cancellations
 
     def check(self) -> None:
-        if self._job_id in self._cancellations:
-            raise JobCancelled
+        self._cancellations.check(self._job_id)
 
     async def report(self, done: int, total: int) -> None:
         await self._reporter.running(done, total)
@@ -82,23 +67,22 @@ class IngestWorker:
             await self._handle(job, received.num_delivered)
 
     async def _handle(self, job: events_pb2.IngestJob, delivery: int) -> None:
-        reporter = Reporter(self._bus, job.job_id, delivery)
+        reporter = Reporter(self._bus, encode_progress, job.job_id, delivery)
         try:
-            if delivery > MAX_DELIVER:
-                raise PlatformError(Code.INTERNAL, f"given up after {MAX_DELIVER} attempts: the last ones were cut off")
+            check_attempt(delivery)
             result = await self._run(job, reporter)
         except JobCancelled:
             await self._undo(job, is_last=delivery >= MAX_DELIVER)
-            await reporter.ended(common_pb2.JOB_STATUS_CANCELLED)
+            await reporter.ended("cancelled")
             log.info("ingest cancelled", extra={"job_id": job.job_id})
         except Exception as error:
-            why = _final_reason(error, delivery)
+            why = final_reason(error, delivery, "retriever")
             if why is None:
-                raise _again(error) from error
+                raise again(error) from error
             if not isinstance(error, PlatformError):
                 log.exception("ingest failed unexpectedly", extra={"job_id": job.job_id})
             await self._undo(job, is_last=delivery >= MAX_DELIVER)
-            await reporter.ended(common_pb2.JOB_STATUS_FAILED, error=why)
+            await reporter.ended("failed", error=why)
             log.warning("ingest failed", extra={"job_id": job.job_id, "error": why})
         else:
             await self._succeed(job, result, reporter)
@@ -148,7 +132,7 @@ class IngestWorker:
             "num_chunks": result.num_chunks,
             "num_skipped": result.num_skipped,
         }
-        await reporter.ended(common_pb2.JOB_STATUS_SUCCEEDED, result_json=json.dumps(summary))
+        await reporter.ended("succeeded", result_json=json.dumps(summary))
         log.info("ingest succeeded", extra={"job_id": job.job_id, **summary})
 
     async def _undo(self, job: events_pb2.IngestJob, *, is_last: bool) -> None:
@@ -158,7 +142,7 @@ class IngestWorker:
             await patiently(lambda: self._ingestor.undo(job.tenant, job.job_id), budget_s=self._patience_s)
         except PlatformError as error:
             if is_transient(error) and not is_last:
-                raise _again(error) from error
+                raise again(error) from error
             log.error("what a job wrote was left behind", extra={"job_id": job.job_id, "error": repr(error)})
 
 
@@ -171,17 +155,3 @@ def _parsed(payload: bytes) -> events_pb2.IngestJob:
     check_id(job.job_id, "job_id")
     check_tenant(job.tenant)
     return job
-
-
-def _final_reason(error: Exception, delivery: int) -> str | None:
-    """Returns what to tell the client where the job is over; None where it is worth another delivery."""
-    if isinstance(error, PlatformError):
-        if not is_transient(error):
-            return error.message
-        return f"given up after {delivery} attempts: {error.message}" if delivery >= MAX_DELIVER else None
-    return "an unexpected error; the retriever's log has the cause" if delivery >= _MAX_UNEXPECTED else None
-
-
-def _again(error: Exception) -> PlatformError:
-    """Makes the error that has the bus deliver the job again, which a code alone may not say."""
-    return PlatformError(Code.UNAVAILABLE, f"the job is delivered again: {error}", retryable=True)

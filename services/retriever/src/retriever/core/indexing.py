@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import islice
 
 from chassis.errors import Code, PlatformError
+from chassis.patience import patiently
 from retriever.core.chunking import ChunkingPolicy
 from retriever.core.documents import Chunk, ChunkRef, Document, chunk_key
-from retriever.core.patience import patiently
 from retriever.core.ports import ChunkStore, Encoder
 
 _GROUP_DOCUMENTS = 64  # documents that one look at the store covers

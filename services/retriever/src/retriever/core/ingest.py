@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import PurePath
 
+from chassis.patience import patiently
 from retriever.core.chunker import Chunker
 from retriever.core.documents import (
     Document,
@@ -23,7 +24,6 @@ from retriever.core.documents import (
 )
 from retriever.core.extraction import Extracted, Extractor, kind_of, refused
 from retriever.core.indexing import Attempt, IngestPolicy, Plan, Watcher
-from retriever.core.patience import patiently
 from retriever.core.ports import ChunkStore, Encoder, Tokenized
 
 

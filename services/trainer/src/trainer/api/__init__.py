@@ -1,0 +1,1 @@
+"""Inbound: gRPC and the bus."""

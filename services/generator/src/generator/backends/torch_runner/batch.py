@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from generator.backends.torch_runner.llama import AttentionGroup, FlatBatch
+from generator.backends.torch_runner.lora import AdapterRows, LoraWeights
 from generator.core.sequences import Work
 
 Ints = NDArray[np.int64]
@@ -45,6 +46,7 @@ class BatchLayout:
             positions=torch.from_numpy(positions),
             write_rows=torch.from_numpy(write_rows),
             groups=self._groups(ordered),
+            adapters=_adapter_rows(ordered),
         )
 
     def _groups(self, ordered: list[Work]) -> list[AttentionGroup]:
@@ -91,3 +93,22 @@ class BatchLayout:
         table = np.asarray(work.sequence.table, dtype=np.int64)
         slots: Ints = table[positions // self._block_size] * self._block_size + positions % self._block_size
         return slots
+
+
+def _adapter_rows(ordered: list[Work]) -> list[AdapterRows]:
+    """Groups the rows of the flat batch by adapter, whatever order they stand in."""
+    rows: dict[int, list[Ints]] = {}
+    weights: dict[int, LoraWeights] = {}
+    start = 0
+    for work in ordered:
+        adapter = work.sequence.adapter
+        if adapter is not None:
+            assert isinstance(adapter, LoraWeights)
+            weights[id(adapter)] = adapter
+            rows.setdefault(id(adapter), []).append(np.arange(start, start + work.num_tokens))
+        start += work.num_tokens
+    groups = []
+    for key, adapter in weights.items():
+        chosen = np.concatenate(rows[key])
+        groups.append(AdapterRows(adapter, None if len(chosen) == start else torch.from_numpy(chosen)))
+    return groups

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generator.backends.torch_runner.weights import LayerWeights, LlamaConfig, LlamaWeights
+from generator.backends.torch_runner import lora
+from generator.backends.torch_runner.lora import AdapterRows
+from generator.backends.torch_runner.weights import LlamaConfig, LlamaWeights
 
 
 @dataclass(slots=True)
@@ -39,6 +41,7 @@ class FlatBatch:
     positions: Tensor  # [N]
     write_rows: Tensor  # [N * 2 * H_kv], rows of the cache to write
     groups: list[AttentionGroup]
+    adapters: list[AdapterRows]  # one for each adapter of the step; the base's rows are in none
 
 
 class Llama:
@@ -57,11 +60,25 @@ class Llama:
         hidden = F.embedding(batch.token_ids, self._weights.embedding)
         cos = self._cos[batch.positions].unsqueeze(1)  # [N, 1, D]
         sin = self._sin[batch.positions].unsqueeze(1)
-        for layer, cache in zip(self._weights.layers, self._cache, strict=True):
-            attended = self._attention(layer, cache, self._norm(hidden, layer.attention_norm), cos, sin, batch)
+        for number, (layer, cache) in enumerate(zip(self._weights.layers, self._cache, strict=True)):
+            adapters = [(group.weights.layers[number], group.rows) for group in batch.adapters]
+            x = self._norm(hidden, layer.attention_norm)
+            qkv = F.linear(x, layer.qkv)
+            for adapter, rows in adapters:
+                lora.add(qkv, x, adapter.qkv, rows)
+            attended = self._attention(cache, qkv, cos, sin, batch)
             hidden = torch.addmm(hidden, attended, layer.output.t())
-            gate, up = F.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-            hidden = torch.addmm(hidden, F.silu(gate).mul_(up), layer.down.t())
+            for adapter, rows in adapters:
+                lora.add(hidden, attended, adapter.output, rows)
+            x = self._norm(hidden, layer.mlp_norm)
+            gate_up = F.linear(x, layer.gate_up)
+            for adapter, rows in adapters:
+                lora.add(gate_up, x, adapter.gate_up, rows)
+            gate, up = gate_up.chunk(2, dim=-1)
+            inner = F.silu(gate).mul_(up)
+            hidden = torch.addmm(hidden, inner, layer.down.t())
+            for adapter, rows in adapters:
+                lora.add(hidden, inner, adapter.down, rows)
         return self._norm(hidden, self._weights.final_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -71,11 +88,9 @@ class Llama:
     def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(hidden, (self.config.hidden_size,), weight, self.config.rms_norm_eps)
 
-    def _attention(
-        self, layer: LayerWeights, cache: Tensor, x: Tensor, cos: Tensor, sin: Tensor, batch: FlatBatch
-    ) -> Tensor:
+    def _attention(self, cache: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, batch: FlatBatch) -> Tensor:
         config = self.config
-        heads = F.linear(x, layer.qkv).view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+        heads = qkv.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         rotated = heads[:, : config.num_heads + config.num_kv_heads]
         # RoPE as x * cos + swap_halves(x) * sin, in place; the table's sine carries the sign of the first half.
         swapped = rotated.roll(config.head_dim // 2, dims=-1)

@@ -9,13 +9,17 @@ from torch import Tensor
 
 from generator.backends.torch_runner.batch import BatchLayout
 from generator.backends.torch_runner.llama import Llama
+from generator.backends.torch_runner.lora import LoraWeights, read_lora
 from generator.backends.torch_runner.weights import LlamaConfig, load_weights
 from generator.core import sampling
+from generator.core.adapters import AdapterFiles
 from generator.core.engine import OutOfMemory
 from generator.core.requests import GenerationRequest, ModelSpec, SamplingParams
 from generator.core.sequences import Outcome, Sequence, TokenLogprob, Work
 
-CAPABILITIES = frozenset({"chat", "logprobs", "prompt_logprobs", "seed", "n", "stop", "logit_bias", "penalties"})
+CAPABILITIES = frozenset(
+    {"chat", "logprobs", "prompt_logprobs", "seed", "n", "stop", "logit_bias", "penalties", "lora"}
+)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _SCORE_ROWS = 64  # prompt rows whose logits are held at once: 64 x 49,152 floats are 12 MB
 _WARM_UP_SEQUENCES = 8
@@ -69,6 +73,10 @@ class TorchRunner:
         for sequence in batch:
             sequence.num_computed = len(request.prompt_ids) - 1
         self.execute([Work(sequence, 1) for sequence in batch])
+
+    def read_adapter(self, files: AdapterFiles) -> LoraWeights:
+        """See Runner.read_adapter."""
+        return read_lora(files, self._llama.config)
 
     def execute(self, step: list[Work]) -> list[Outcome]:
         """See Runner.execute."""

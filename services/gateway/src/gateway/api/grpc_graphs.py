@@ -1,0 +1,139 @@
+"""The gateway's GraphService: jobs ask a served graph as a client would, for the tenant that ordered the job.
+
+What is used is accounted to the tenant, under the key that ordered the job and the route of evaluations; the texts are
+left out of the record, so that profiles of real traffic stay what they are.
+"""
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import grpc.aio
+from pressroom.common.v1 import common_pb2
+from pressroom.gateway.v1 import gateway_pb2, gateway_pb2_grpc
+
+from chassis import context, telemetry
+from chassis.errors import Code, PlatformError, http_status
+from gateway.api.errors import error_code
+from gateway.api.inference import note
+from gateway.api.json_body import validate
+from gateway.api.middleware import CLIENT_LEFT
+from gateway.api.middleware_account import Recorder, measure_tokens
+from gateway.api.openai_chat import ChatBody
+from gateway.core.account import Account
+from gateway.core.catalog import Catalog
+from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
+from gateway.core.jobs import Job, JobStatus, JobStore
+from gateway.core.ports import Principal
+from gateway.core.services import Delta, Finished, Started
+
+ROUTE = "/v1/evaluations"
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What the events of one answer come to."""
+
+    text: list[str] = field(default_factory=list)
+    finish_reason: str = ""
+    model_version: str = ""
+
+    def take(self, event: GraphEvent) -> None:
+        match event:
+            case Delta():
+                self.text.append(event.text)
+            case Started():
+                self.model_version = event.model_version
+            case Finished():
+                self.finish_reason = event.reason
+
+
+class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
+    """Runs graphs for jobs."""
+
+    def __init__(self, catalog: Catalog, jobs: JobStore, recorder: Recorder, *, timeout_s: float) -> None:
+        self._catalog = catalog
+        self._jobs = jobs
+        self._recorder = recorder
+        self._timeout_s = timeout_s
+
+    async def Answer(
+        self, request: gateway_pb2.AnswerRequest, _: grpc.aio.ServicerContext
+    ) -> gateway_pb2.AnswerResponse:
+        """Answers one chat; a cancelled call stops the decoding.
+
+        Raises INVALID_ARGUMENT, NOT_FOUND for a model that the tenant does not have, FAILED_PRECONDITION when the job
+        was cancelled (a worker that missed the call to stop learns it here), and what the graph's services raise.
+        """
+        called = context.current()
+        if not called.tenant:
+            raise PlatformError(Code.INVALID_ARGUMENT, "the metadata must name the tenant (x-tenant)")
+        job = await self._jobs.get(called.tenant, request.job_id) if request.job_id else None
+        if job is not None and (job.cancel_requested or job.status is JobStatus.CANCELLED):
+            raise PlatformError(Code.FAILED_PRECONDITION, "the job was cancelled", reason="job_cancelled")
+        graph = await self._catalog.graph(request.model, called.tenant)
+        wanted = _graph_request(request, called.tenant)
+        account = self._account(called, job, graph)
+        return await self._run(graph, wanted, account, Deadline.after(called.remaining_s(self._timeout_s)))
+
+    def _account(self, called: context.RequestContext, job: Job | None, graph: Graph) -> Account:
+        traceparent = telemetry.traceparent()
+        account = Account(
+            request_id=called.request_id,
+            trace_id=traceparent.split("-")[1] if traceparent else "",
+            traceparent=traceparent,
+            route=ROUTE,
+            principal=Principal(job.key_id if job else "", called.tenant),
+        )
+        account.model = graph.name
+        return account
+
+    async def _run(
+        self, graph: Graph, wanted: GraphRequest, account: Account, deadline: Deadline
+    ) -> gateway_pb2.AnswerResponse:
+        answer, status = _Answer(), CLIENT_LEFT
+        try:
+            async with aclosing(graph.run(wanted, deadline)) as events:
+                async for event in events:
+                    note(account, event)
+                    answer.take(event)
+            status = 200
+        except PlatformError as error:
+            status, account.error_code = http_status(error.code), error_code(error)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            account.finish_reason = "cancelled"
+            raise
+        except Exception:
+            status, account.error_code = 500, "internal_error"
+            raise
+        finally:
+            # Not the latencies: a job's answers wait behind people's, and would hide theirs.
+            measure_tokens(account)
+            await self._recorder.write(account.record(status))
+        usage = account.usage
+        return gateway_pb2.AnswerResponse(
+            text="".join(answer.text),
+            finish_reason=answer.finish_reason,
+            usage=common_pb2.Usage(
+                prompt_tokens=usage.prompt_tokens,
+                completion_tokens=usage.completion_tokens,
+                cached_tokens=usage.cached_tokens,
+            ),
+            grounded=account.grounded,
+            model_version=answer.model_version,
+        )
+
+
+def _graph_request(request: gateway_pb2.AnswerRequest, tenant: str) -> GraphRequest:
+    """Checks the request by the rules of the HTTP route and makes the graph's of it."""
+    fields = {
+        "model": request.model,
+        "messages": [{"role": turn.role, "content": turn.content} for turn in request.messages],
+        "max_tokens": request.max_tokens if request.HasField("max_tokens") else None,
+        "temperature": request.temperature if request.HasField("temperature") else None,
+        "seed": request.seed if request.HasField("seed") else None,
+        "stop": list(request.stop) or None,
+    }
+    # Never before people: what is above the default is for them alone.
+    return validate(fields, ChatBody).request(tenant, priority=min(request.priority, 0))

@@ -1,0 +1,1 @@
+"""Outbound, named by technology."""

@@ -1,0 +1,1 @@
+"""Finetuning: the domain, pure."""
