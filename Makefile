@@ -7,8 +7,8 @@ CHECKED := libs services loadtest tests tools
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup up down test test-fast unit-gateway unit-rest lint models protos compose-env loadtest bench-load \
-	bench-colocation checks-env
+.PHONY: help setup checks-env up down test test-fast unit-gateway unit-rest lint models protos compose-env loadtest \
+	bench-load bench-colocation
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
