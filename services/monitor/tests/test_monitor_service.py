@@ -15,6 +15,7 @@ from pressroom.monitor.v1 import monitor_pb2, monitor_pb2_grpc
 
 import testkit
 from chassis import rpc
+from chassis.errors import PlatformError
 from chassis.nats_bus import NatsBus
 from contracts.subjects import EVENTS_REQUEST_COMPLETED, STREAMS
 from testkit.processes import ServiceProcess
@@ -95,7 +96,12 @@ async def test_killed_at_random_moments_it_profiles_every_record_once(bus: NatsB
     await publish(bus, range(NUM_EARLY, NUM_RECORDS))  # the early ones may all be done by now
 
     async def all_profiled() -> monitor_pb2.GetProfilesResponse:
-        answer = await profiles(monitor)
+        try:
+            answer = await profiles(monitor)
+        except PlatformError as error:
+            if not monitor.running:
+                pytest.fail(f"the monitor ended by itself:\n{monitor.log[-4000:]}")
+            raise AssertionError(error.message) from error
         assert answer.num_waiting == 0
         assert sum(profile.num_records for profile in answer.profiles) >= NUM_RECORDS
         return answer
