@@ -7,7 +7,7 @@ CHECKED := libs services loadtest tests tools
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup checks-env up down test test-fast unit-gateway unit-rest lint models protos compose-env loadtest \
+.PHONY: help setup checks-env up down test test-fast unit-gateway unit-services unit-rest lint models protos compose-env loadtest \
 	bench-load bench-colocation
 
 help: ## Show this list
@@ -46,15 +46,18 @@ test: setup models checks-env lint ## Everything: lint, unit, contract, integrat
 	$(VENV)/python -m pytest -m "not e2e"
 	$(VENV)/python -m pytest -m e2e
 
-test-fast: setup ## Unit tests alone, in two halves at once: under a minute
-	@$(MAKE) --no-print-directory --output-sync=target -j2 unit-gateway unit-rest
+test-fast: setup ## Unit tests alone, in three parts at once: under a minute
+	@$(MAKE) --no-print-directory --output-sync=target -j3 unit-gateway unit-services unit-rest
 
 UNIT := -q -p no:cacheprovider -m "not integration and not e2e"
 unit-gateway:
 	@$(VENV)/python -m pytest $(UNIT) services/gateway
 
+unit-services:
+	@$(VENV)/python -m pytest $(UNIT) services --ignore=services/gateway
+
 unit-rest:
-	@$(VENV)/python -m pytest $(UNIT) --ignore=services/gateway
+	@$(VENV)/python -m pytest $(UNIT) libs loadtest tests
 
 # One of USERS=n, STEPS=1,2,4, TRACE=file or RATE=n; with DURATION=30s, TRAFFIC=chat|grounded|mixed, OUT=folder, PAGE=1,
 # and ARGS for everything else (ARGS=--help lists it). loadtest/README.md explains.
