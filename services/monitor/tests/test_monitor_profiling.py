@@ -6,10 +6,13 @@ import contextlib
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
+import uvloop
 from prometheus_client import CollectorRegistry
 
 import testkit
@@ -127,6 +130,30 @@ async def test_a_profiler_that_cannot_start_says_why_and_blames_no_batch(tmp_pat
         await LangkitProcess({}, [str(tmp_path / "absent")]).profile(None, [("x", "")])
     with pytest.raises(ProfilerUnavailable, match="ended with"):
         await LangkitProcess({}, ["false"]).profile(None, [("x", "")])
+
+
+# Answers the options and one batch, then ends.
+_ONE_BATCH = """
+import json, os, struct, sys
+for answer in ({}, {"binary": "", "statistics": {}, "failed": []}):
+    (size,) = struct.unpack("!I", sys.stdin.buffer.read(4))
+    sys.stdin.buffer.read(size)
+    body = json.dumps(answer).encode()
+    os.write(1, struct.pack("!I", len(body)) + body)
+"""
+
+
+def test_a_profiler_that_ended_between_two_batches_is_followed_by_a_new_one() -> None:
+    async def scenario() -> None:
+        profiler = LangkitProcess({}, [sys.executable, "-c", _ONE_BATCH])
+        for _ in range(3):
+            assert await profiler.profile(None, [("x", "")]) == Profiled(binary=b"", statistics={}, failed=())
+            await testkit.eventually(lambda: profiler.pid is None or not psutil.pid_exists(profiler.pid), timeout_s=30)
+        await profiler.stop()
+
+    # The service's own loop: of a closed pipe it tells by an error that asyncio's loop does not know.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario())
 
 
 class Monitor:

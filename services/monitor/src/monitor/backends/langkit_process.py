@@ -45,6 +45,9 @@ class LangkitProcess:
 
     async def profile(self, binary: bytes | None, texts: Sequence[tuple[str, str]]) -> Profiled:
         """Adds prompts and responses to a profile; starts the process where none runs."""
+        if self._process is not None and self._process.returncode is not None:
+            log.warning("profiler ended by itself", extra={"exit_status": self._process.returncode})
+            self._process = None
         process = self._process or await self._start()
         request = {"binary": _encoded(binary), "texts": list(texts)}
         answer = await self._ask(process, request, _BATCH_TIMEOUT_S + _SAMPLE_TIMEOUT_S * len(texts), ProfilerDied)
@@ -111,8 +114,11 @@ class LangkitProcess:
 async def _exchange(process: asyncio.subprocess.Process, request: Mapping[str, Any]) -> dict[str, Any]:
     assert process.stdin is not None and process.stdout is not None
     body = json.dumps(request).encode()
-    process.stdin.write(_LENGTH.pack(len(body)) + body)
-    await process.stdin.drain()
+    try:
+        process.stdin.write(_LENGTH.pack(len(body)) + body)
+        await process.stdin.drain()
+    except RuntimeError as error:  # uvloop's word for a pipe whose other end is gone
+        raise BrokenPipeError(str(error)) from error
     (size_bytes,) = _LENGTH.unpack(await process.stdout.readexactly(_LENGTH.size))
     if size_bytes > _MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {size_bytes} bytes")
