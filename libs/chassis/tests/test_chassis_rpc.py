@@ -70,7 +70,7 @@ async def test_request_id_tenant_and_deadline_cross(served: tuple[_Embedder, _Ge
     with context.use(context.RequestContext("req_9", "acme", time.monotonic() + 2.0)):
         await _embed(channel, "m", timeout_s=60)
     assert (embedder.seen.request_id, embedder.seen.tenant) == ("req_9", "acme")
-    assert 0 < embedder.seen.remaining_s(60) <= 2.0
+    assert 0 < embedder.seen.remaining_s(60) < 10  # of the context, not of the call; gRPC rounds a timeout up
 
 
 async def test_an_error_crosses_unchanged(served: tuple[_Embedder, _Generator, grpc.aio.Channel]) -> None:
