@@ -74,11 +74,14 @@ class BatchingEngine:
         self._clock = clock
         self._stopwatch = stopwatch
         self._scheduler = Scheduler(blocks, limits)
+        self._speculates = limits.max_drafts > 0
         self._adapters = AdapterTable(adapter_limits)
         self._requests: dict[Sequence, Active] = {}  # one entry for each unfinished sequence
         self._num_arrived = 0
         self._prompt_tokens_total = 0
         self._completion_tokens_total = 0
+        self._draft_tokens_total = 0
+        self._accepted_tokens_total = 0
         self._draining = False
         self._closing = False
         self._failure: BaseException | None = None
@@ -110,7 +113,14 @@ class BatchingEngine:
 
     def _submit(self, request: GenerationRequest, on_settled: OnSettled, adapter: LoadedAdapter | None) -> TokenStream:
         active = make_active(
-            request, self.model, self._vocabulary, adapter, self._cancel_active, on_settled, self._clock()
+            request,
+            self.model,
+            self._vocabulary,
+            adapter,
+            self._cancel_active,
+            on_settled,
+            self._clock(),
+            self._speculates,
         )
         with self._work:
             if self._draining or self._failure is not None:
@@ -183,6 +193,8 @@ class BatchingEngine:
                 preemptions_total=scheduler.num_preemptions,
                 cache_query_tokens_total=scheduler.num_looked_up,
                 cache_hit_tokens_total=scheduler.num_found,
+                draft_tokens_total=self._draft_tokens_total,
+                accepted_tokens_total=self._accepted_tokens_total,
             )
 
     def drain(self) -> None:
@@ -249,7 +261,10 @@ class BatchingEngine:
         else:
             execute_s = self._stopwatch() - started_s
             done = report(step, outcomes, schedule_s, execute_s, self._runner.step_times)
+            self._scheduler.pacer.note(done)
             with self._work:
+                self._draft_tokens_total += done.num_drafts
+                self._accepted_tokens_total += done.num_accepted
                 for work, outcome in zip(step, outcomes, strict=True):
                     self._take(work, outcome)
             self._on_step(done)
@@ -292,6 +307,8 @@ class BatchingEngine:
         if not active.is_started and sequence.index == 0 and sequence.num_computed >= sequence.num_prompt:
             self._start(active)
         completion = active.completions[sequence.index]
+        if work.drafts and sequence.lookup is not None:
+            sequence.lookup.note(len(outcome.tokens) - 1)
         try:
             for place, sampled in enumerate(outcome.tokens):
                 sequence.num_computed += place > 0  # the token before was a draft: its keys and values are there

@@ -25,6 +25,8 @@ class EngineStats:
     preemptions_total: int
     cache_query_tokens_total: int = 0  # prompt tokens of admitted sequences
     cache_hit_tokens_total: int = 0  # those of them that the prefix cache spared
+    draft_tokens_total: int = 0
+    accepted_tokens_total: int = 0  # drafts that were right
 
 
 class AdapterHost(Protocol):
