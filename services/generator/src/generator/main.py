@@ -68,7 +68,7 @@ def main() -> int:
             max_background_tokens=settings.max_background_tokens,
         )
         adapter_limits = AdapterLimits(settings.max_adapters, settings.adapter_memory_mb * 1024 * 1024)
-        blocks = BlockManager(runner.num_blocks, runner.block_size)
+        blocks = BlockManager(runner.num_blocks, runner.block_size, settings.prefix_caching)
         engine = BatchingEngine(runner, tokenizer, blocks, limits, adapter_limits)
         engine.start()
         app.on_close(engine.close)
