@@ -49,6 +49,9 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
         prompt_ids = await self._prompt_ids(request)
         asked = wire.read_request(request, prompt_ids, adapter, context.current().request_id, deadline_s)
         model_id = adapter or self._engine.model.id
+        if adapter:
+            requests.check(asked, self._engine.model)  # before anything is loaded for its sake
+            await self._library.ensure(adapter, deadline_s)
         stream = self._engine.submit(asked, lambda summary: accounting.settle(summary, model_id))
         # Whatever way the call ends, this runs at once; a generator's `finally` may wait for its finaliser.
         rpc.add_done_callback(lambda _: stream.cancel())
@@ -62,7 +65,7 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, rpc: RpcContext) -> pb.ListModelsResponse:
         model = self._engine.model
-        adapters = [wire.write_adapter(adapter, model) for adapter in self._engine.adapters()]
+        adapters = [wire.write_adapter(adapter, model) for adapter in self._library.specs()]
         return pb.ListModelsResponse(models=[wire.write_model(model), *adapters])
 
     async def GetStats(self, request: pb.GetStatsRequest, rpc: RpcContext) -> pb.GetStatsResponse:
