@@ -100,7 +100,7 @@ def _engine(view: dict[str, Any]) -> list[RenderableType]:
 
 
 def _models(view: dict[str, Any]) -> Table:
-    table = _table("model", "at", "answers", "in/s", "out/s", "cached/s", "ttft p50", "p95", "tpot p50", "p95")
+    table = _table("model", "at", "answers", "in/s", "out/s", "hit/s", "ttft", "p95", "tpot", "p95")
     for row in view["models"]:
         table.add_row(
             row["model"],
