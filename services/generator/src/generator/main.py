@@ -6,7 +6,6 @@ import sys
 
 from pressroom.generator.v1 import generator_pb2_grpc
 
-from chassis import metrics
 from chassis.app import App
 from chassis.bus import StreamSpec
 from chassis.nats_bus import NatsBus
@@ -14,6 +13,7 @@ from chassis.settings import load_settings
 from contracts import subjects
 from generator.api import accounting, consumers
 from generator.api.grpc import GeneratorServicer
+from generator.api.metering import EngineMeter
 from generator.backends.adapter_store import FolderAdapterStore
 from generator.backends.hf_tokenizer import HfTokenizer
 from generator.backends.torch_runner import TorchRunner, make_runner
@@ -68,8 +68,9 @@ def main() -> int:
             max_background_tokens=settings.max_background_tokens,
         )
         adapter_limits = AdapterLimits(settings.max_adapters, settings.adapter_memory_mb * 1024 * 1024)
+        meter = EngineMeter(app.name)
         blocks = BlockManager(runner.num_blocks, runner.block_size, settings.prefix_caching)
-        engine = BatchingEngine(runner, tokenizer, blocks, limits, adapter_limits)
+        engine = BatchingEngine(runner, tokenizer, blocks, limits, adapter_limits, on_step=meter.on_step)
         engine.start()
         app.on_close(engine.close)
         app.spawn("engine", engine.watch())
@@ -80,13 +81,11 @@ def main() -> int:
 
         app.on_drain(drain)
         app.set_queue_depth(lambda: engine.stats().waiting_sequences)
-        metrics.RUNNING_SEQUENCES.labels(app.name).set_function(lambda: engine.stats().running_sequences)
-        metrics.WAITING_SEQUENCES.labels(app.name).set_function(lambda: engine.stats().waiting_sequences)
-        metrics.LOADED_ADAPTERS.labels(app.name).set_function(lambda: len(engine.adapters()))
+        meter.watch(engine.stats, lambda: len(library.specs()))
         await library.load_all()  # before the ports open: a restart must not make a tuned model unknown for a while
         app.add_grpc(
             generator_pb2_grpc.add_GeneratorServiceServicer_to_server,
-            GeneratorServicer(engine, library, tokenizer),
+            GeneratorServicer(engine, library, tokenizer, meter),
             "pressroom.generator.v1.GeneratorService",
         )
         streams = [StreamSpec(s.name, s.subjects, s.retention, s.max_age_s, s.max_bytes) for s in subjects.STREAMS]
