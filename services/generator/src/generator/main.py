@@ -108,7 +108,15 @@ def main() -> int:
 def _store(settings: GeneratorSettings, runner: TorchRunner, limits: AdapterLimits) -> FolderAdapterStore | None:
     if settings.store_dir is None:
         return None
-    return FolderAdapterStore(settings.store_dir, runner.model.id, runner.model.version, limits.max_bytes)
+    manifest = Manifest.load(settings.model_dir)
+    return FolderAdapterStore(
+        settings.store_dir,
+        runner.model.id,
+        runner.model.version,
+        limits.max_bytes,
+        base_weights_sha256=manifest.weights_sha256,
+        earlier_versions=manifest.config.get("earlier_versions", ()),
+    )
 
 
 if __name__ == "__main__":
