@@ -1,4 +1,4 @@
-"""The forms in which a model folder holds its weights: bf16 for training and the torch engine, packed for the native one.
+"""The forms in which a model folder holds its weights: bf16 for training and torch, packed for the native engine.
 
 A manifest's config says of each packed form: `quantisation: {<form>: {file, group_size, layout, source_dtype}}`.
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chassis.errors import PlatformError
-from modelstore import minilm, smollm2
+from modelstore import gguf_llama, minilm
 from modelstore.formats import WEIGHTS_NAME, dtype_of, link_files, pack
 from modelstore.manifest import Manifest, write_manifest
 from modelstore.packing import pack_name
@@ -93,7 +93,8 @@ def _pack_again(store: Path, source: ModelSource, old: Manifest) -> Manifest:
     """Brings a model of an earlier version of this program up to date without converting its weights again."""
     _step(source, "write")
     with making(store, source.id) as folder:
-        link_files(old, folder, without={pack_name(form) for form in source.packs})
+        packed = {str(entry["file"]) for entry in old.config.get("quantisation", {}).values()}
+        link_files(old, folder, without=packed | {pack_name(form) for form in source.packs})
         check_space(store, f"model {source.id}", (folder / WEIGHTS_NAME).stat().st_size)
         config = dict(old.config) | _packed(source, folder)
         check_sums(f"packed model {source.id}", source.outputs, {n: folder / n for n in source.outputs})
@@ -124,7 +125,7 @@ def _packed(source: ModelSource, folder: Path) -> dict[str, Any]:
 def _convert(source: ModelSource, inputs: dict[str, Path], target: Path) -> dict[str, Any]:
     if source.id == "all-minilm-l6-v2":
         return minilm.convert(inputs, target)
-    return smollm2.convert(inputs[source.weights], target, _progress(source, "convert-weights"))
+    return gguf_llama.convert(inputs[source.weights], target, _progress(source, "convert-weights"))
 
 
 def _progress(source: ModelSource, name: str) -> Callable[[int, int], None]:
@@ -152,11 +153,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="modelstore.prepare", description=__doc__.split("\n")[0])
     parser.add_argument("--store", type=Path, required=True, help="folder that holds one folder for each model")
-    store: Path = parser.parse_args(arguments).store
+    parser.add_argument("--only", metavar="ID", help="the one model to make; without it, all of the table")
+    given = parser.parse_args(arguments)
+    sources = tuple(source for source in load_sources() if given.only in (None, source.id))
+    if not sources:
+        parser.error(f"there is no model {given.only!r} in the table")
     # Before transformers is imported: no hub is ever asked, and no bars between the progress lines.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
     try:
-        prepare(store, load_sources())
+        prepare(given.store, sources)
     except PlatformError as error:
         print(f"error: {error.message}", file=sys.stderr)
         return 1

@@ -116,7 +116,7 @@ def _fsync(path: Path) -> None:
 
 
 def _clear_leftovers(store: Path) -> None:
-    """The lock says that nobody is at it now. A model that was killed between its two renames gets its old self back."""
+    """The lock says that nobody is at it now. What was killed between its two renames gets its old self back."""
     for path in store.iterdir():
         if path.name.startswith(_REPLACED):
             place = store / path.name.removeprefix(_REPLACED).rpartition("-")[0]
