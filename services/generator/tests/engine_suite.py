@@ -12,7 +12,8 @@ from chassis.errors import Code, PlatformError
 from generator.core.adapters import AdapterFiles
 from generator.core.engine import Engine
 from generator.core.events import Delta, Done, Event, Finished, FinishReason, Started, Summary
-from generator.core.requests import GenerationRequest, Grammar, SamplingParams, StopParams
+from generator.core.grammar import Grammar
+from generator.core.requests import GenerationRequest, SamplingParams, StopParams
 from generator.core.sequences import TokenLogprob
 from generator.core.stream import TokenStream
 from testkit import eventually

@@ -109,9 +109,9 @@ def test_outcomes_come_in_the_order_of_the_step(runner: TorchRunner) -> None:
         sequence.table = [number]
         return Work(sequence, len(requests[number].prompt_ids))
 
-    alone = [runner.execute([work(number)])[0].token_id for number in range(3)]
-    assert [o.token_id for o in runner.execute([work(n) for n in range(3)])] == alone
-    assert [o.token_id for o in runner.execute([work(n) for n in (2, 0, 1)])] == [alone[n] for n in (2, 0, 1)]
+    alone = [runner.execute([work(number)])[0].tokens for number in range(3)]
+    assert [o.tokens for o in runner.execute([work(n) for n in range(3)])] == alone
+    assert [o.tokens for o in runner.execute([work(n) for n in (2, 0, 1)])] == [alone[n] for n in (2, 0, 1)]
 
 
 def test_a_failed_allocation_is_out_of_memory(runner: TorchRunner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,10 @@ from generator.core.sequences import Sequence
 VOCAB = 50
 
 
+def sample(logits: sampling.Floats, sequences: list[Sequence]) -> list[int]:
+    return sampling.sample(logits, [sampling.Row(sequence) for sequence in sequences])
+
+
 def _sequence(params: SamplingParams, seed: int = 1, tokens: tuple[int, ...] = (0,), new: int = 0) -> Sequence:
     sequence = Sequence(GenerationRequest("r", tokens, params), 0, 0, seed, 1000)
     sequence.num_prompt = len(tokens) - new
@@ -23,7 +27,7 @@ def _logits(rows: int, seed: int = 0) -> sampling.Floats:
 
 
 def _frequencies(params: SamplingParams, logits: sampling.Floats, num: int = 4000) -> np.ndarray:
-    drawn = sampling.sample(np.repeat(logits, num, axis=0), [_sequence(params, seed) for seed in range(num)])
+    drawn = sample(np.repeat(logits, num, axis=0), [_sequence(params, seed) for seed in range(num)])
     return np.bincount(drawn, minlength=VOCAB) / num
 
 
@@ -34,7 +38,7 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 
 def test_temperature_zero_takes_the_best() -> None:
     logits = _logits(4)
-    assert sampling.sample(logits.copy(), [_sequence(SamplingParams(temperature=0))] * 4) == list(logits.argmax(axis=1))
+    assert sample(logits.copy(), [_sequence(SamplingParams(temperature=0))] * 4) == list(logits.argmax(axis=1))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -84,13 +88,13 @@ def test_penalties_follow_their_definitions() -> None:
     logits[0, :4] = (2.0, -2.0, 2.0, 2.0)
     params = SamplingParams(repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25)
     # Prompt 0 1, completion 2 2 3.
-    sampling._penalise(logits, [_sequence(params, tokens=(0, 1, 2, 2, 3), new=3)])
+    sampling.adjust(logits, [sampling.Row(_sequence(params, tokens=(0, 1, 2, 2, 3), new=3))])
     assert logits[0, :5] == pytest.approx([1.0, -4.0, 1.0 - 1.25, 1.0 - 0.75, 0.0])
 
 
 def test_bias_moves_single_tokens() -> None:
     greedy = SamplingParams(temperature=0, logit_bias={7: 100.0})
-    assert sampling.sample(_logits(1), [_sequence(greedy)]) == [7]
+    assert sample(_logits(1), [_sequence(greedy)]) == [7]
 
 
 def test_suppressed_tokens_wait_for_min_tokens() -> None:
@@ -98,18 +102,18 @@ def test_suppressed_tokens_wait_for_min_tokens() -> None:
     best = int(logits.argmax())
     request = GenerationRequest("r", (0,), SamplingParams(temperature=0), StopParams(min_tokens=2))
     sequence = Sequence(request, 0, 0, 0, 100, suppressed_ids=(best,))
-    assert sampling.sample(logits.copy(), [sequence]) != [best]
+    assert sample(logits.copy(), [sequence]) != [best]
     sequence.token_ids += [1, 1]
-    assert sampling.sample(logits.copy(), [sequence]) == [best]
+    assert sample(logits.copy(), [sequence]) == [best]
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 5), st.permutations(range(6)))
 def test_a_seeded_row_does_not_depend_on_its_neighbours(seed: int, row: int, order: list[int]) -> None:
     logits = _logits(6, seed=3)
     params = SamplingParams(temperature=1.5, top_p=0.9)
-    alone = sampling.sample(logits[row : row + 1].copy(), [_sequence(params, seed)])
+    alone = sample(logits[row : row + 1].copy(), [_sequence(params, seed)])
     sequences = [_sequence(params, seed if i == row else i) for i in range(6)]
-    batch = sampling.sample(logits[order].copy(), [sequences[i] for i in order])
+    batch = sample(logits[order].copy(), [sequences[i] for i in order])
     assert batch[order.index(row)] == alone[0]
 
 

@@ -9,7 +9,8 @@ from pressroom.generator.v1 import generator_pb2 as pb
 from generator.core.adapters import AdapterSpec
 from generator.core.engine import EngineStats
 from generator.core.events import Delta, Done, Event, Finished, FinishReason, Started
-from generator.core.requests import GenerationRequest, Grammar, ModelSpec, SamplingParams, StopParams
+from generator.core.grammar import Grammar
+from generator.core.requests import GenerationRequest, ModelSpec, SamplingParams, StopParams
 from generator.core.sequences import TokenLogprob
 from generator.core.text import ChatMessage, Vocabulary
 

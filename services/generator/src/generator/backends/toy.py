@@ -14,7 +14,7 @@ from chassis.errors import Code, PlatformError
 from generator.core import sampling
 from generator.core.adapters import AdapterFiles
 from generator.core.requests import ModelSpec
-from generator.core.sequences import Outcome, Sequence, TokenLogprob, Work
+from generator.core.sequences import Outcome, Sampled, Sequence, TokenLogprob, Work
 from generator.core.text import ChatMessage
 
 EOS = 256
@@ -67,6 +67,10 @@ class ToyRunner:
     def model(self) -> ModelSpec:
         return self._model
 
+    @property
+    def step_times(self) -> None:
+        """Not measured."""
+
     def warm_up(self) -> None:
         """Nothing to warm."""
 
@@ -80,8 +84,8 @@ class ToyRunner:
         """See Runner.execute."""
         for work in step:
             start = work.sequence.num_computed
-            computed = np.asarray(work.sequence.token_ids[start : work.end], dtype=np.int64)
-            slots = self._slot_ids(work.sequence, start, work.end)
+            computed = np.asarray(work.token_ids, dtype=np.int64)
+            slots = self._slot_ids(work.sequence, start, work.reach)
             self._slots[slots] = computed + VOCAB_SIZE * _salt(work.sequence)
         return [self._outcome(work) for work in step]
 
@@ -91,14 +95,17 @@ class ToyRunner:
             logits = self._logits(sequence, position + 1)[None]
             scored = sequence.token_ids[position + 1]
             scores += sampling.logprobs(logits, [scored], sequence.request.prompt_logprobs or 0)
-        if not work.samples:
+        rows = sampling.rows_of(work)
+        if not rows:
             return Outcome(prompt_logprobs=tuple(scores))
-        raw = self._logits(sequence, work.end)[None]
-        (token_id,) = sampling.sample(raw.copy(), [sequence])
-        logprob = None
+        raw = np.stack([self._logits(sequence, work.end + row.offset) for row in rows])
+        token_ids = sampling.sample(raw.copy(), rows)
+        token_ids = token_ids[: sampling.num_accepted(work.drafts, token_ids)]
+        logprobs: list[TokenLogprob | None] = [None] * len(token_ids)
         if sequence.request.logprobs is not None:
-            (logprob,) = sampling.logprobs(raw, [token_id], sequence.request.logprobs)
-        return Outcome(token_id, logprob, tuple(scores))
+            logprobs = [*sampling.logprobs(raw[: len(token_ids)], token_ids, sequence.request.logprobs)]
+        tokens = (Sampled(*pair) for pair in zip(token_ids, logprobs, strict=True))
+        return Outcome(tuple(tokens), tuple(scores))
 
     def _logits(self, sequence: Sequence, num_tokens: int) -> sampling.Floats:
         context = self._slots[self._slot_ids(sequence, 0, num_tokens)]

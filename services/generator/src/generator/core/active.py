@@ -1,14 +1,18 @@
 """A request that is in the engine: its sequences, their texts and the way back to its reader."""
 
 import contextvars
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from generator.core import requests
 from generator.core.adapters import LoadedAdapter
 from generator.core.completion import Completion
 from generator.core.events import Event, FinishReason, Summary
-from generator.core.requests import GenerationRequest
+from generator.core.requests import GenerationRequest, ModelSpec
 from generator.core.sequences import Sequence
 from generator.core.stream import OnSettled, TokenStream
+from generator.core.text import Vocabulary
 
 
 @dataclass(slots=True, eq=False)
@@ -48,3 +52,35 @@ class Active:
             first_token_s=self.first_token_s,
             finished_s=finished_s,
         )
+
+
+def make_active(
+    request: GenerationRequest,
+    model: ModelSpec,
+    vocabulary: Vocabulary,
+    adapter: LoadedAdapter | None,
+    cancel: Callable[[Active], None],
+    on_settled: OnSettled,
+    arrived_s: float,
+) -> Active:
+    """Makes what the engine keeps of a request that was checked, with its sequences not yet in any queue."""
+    most = requests.max_new_tokens(request, model)
+    eos = model.eos_token_ids
+    suppressed = tuple(eos | frozenset(request.stop.stop_token_ids)) if request.stop.min_tokens else ()
+    seed = random.getrandbits(64) if request.sampling.seed is None else request.sampling.seed
+    weights = adapter.weights if adapter else None
+    active = Active(
+        request=request,
+        model_version=adapter.spec.version if adapter else model.version,
+        adapter=adapter,
+        stream=TokenStream(lambda: cancel(active)),
+        on_settled=on_settled,
+        context=contextvars.copy_context(),
+        arrived_s=arrived_s,
+        sequences=[Sequence(request, i, 0, seed, most, suppressed, weights) for i in range(request.n)],
+        completions=[Completion(i, request.stop, most, eos, vocabulary) for i in range(request.n)],
+    )
+    if request.compiled is not None:
+        for sequence in active.sequences:
+            sequence.matcher = request.compiled.matcher()
+    return active

@@ -6,16 +6,15 @@ arithmetic. A cancel marks its request and takes effect before the next step is 
 """
 
 import asyncio
-import contextvars
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from chassis.errors import Code, PlatformError
 from generator.core import probe, requests
-from generator.core.active import Active
+from generator.core.active import Active, make_active
 from generator.core.adapters import (
     AdapterFiles,
     AdapterLimits,
@@ -28,9 +27,12 @@ from generator.core.blocks import BlockManager
 from generator.core.completion import Completion
 from generator.core.engine import EngineStats, OutOfMemory, Runner
 from generator.core.events import Done, Event, Finished, FinishReason, Started, Summary
+from generator.core.grammar import GrammarCompiler
+from generator.core.outbox import Outbox
 from generator.core.requests import GenerationRequest, ModelSpec
 from generator.core.scheduler import Scheduler, SchedulerLimits
-from generator.core.sequences import Outcome, Sequence, Work
+from generator.core.sequences import Outcome, Sampled, Sequence, Work
+from generator.core.steps import StepReport, report
 from generator.core.stream import OnSettled, TokenStream
 from generator.core.text import Vocabulary
 
@@ -50,8 +52,12 @@ class BatchingEngine:
         blocks: BlockManager,
         limits: SchedulerLimits,
         adapter_limits: AdapterLimits = AdapterLimits(),
+        grammars: GrammarCompiler | None = None,
+        on_step: Callable[[StepReport], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
+        stopwatch: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`on_step` hears of every step, on the engine's thread: it may neither block nor raise."""
         if blocks.num_blocks * blocks.block_size <= runner.model.context_length:
             raise PlatformError(
                 Code.FAILED_PRECONDITION,
@@ -59,8 +65,14 @@ class BatchingEngine:
                 f"{runner.model.context_length}: raise kv_cache_mb or lower max_model_len",
             )
         self._runner = runner
+        self._model = runner.model
+        if grammars is not None:
+            self._model = replace(runner.model, capabilities=runner.model.capabilities | {"grammar"})
+        self.grammars = grammars  # for api: what compiles a request's grammar before it is submitted
         self._vocabulary = vocabulary
+        self._on_step = on_step
         self._clock = clock
+        self._stopwatch = stopwatch
         self._scheduler = Scheduler(blocks, limits)
         self._adapters = AdapterTable(adapter_limits)
         self._requests: dict[Sequence, Active] = {}  # one entry for each unfinished sequence
@@ -73,26 +85,23 @@ class BatchingEngine:
         self._work = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ended = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        # Wake-ups of one step go to the loop in one call.
-        self._to_wake: dict[TokenStream, None] = {}
-        self._settled: list[tuple[Active, Summary]] = []
-        self._unused: list[LoadedAdapter] = []
+        self._outbox = Outbox()
 
     # The event loop's side.
 
     @property
     def model(self) -> ModelSpec:
-        return self._runner.model
+        return self._model
 
     def start(self) -> None:
         """Starts the thread. Needs a running loop; warm the runner up first."""
-        self._loop = asyncio.get_running_loop()
+        self._outbox.attach()
         self._thread.start()
 
     def submit(self, request: GenerationRequest, on_settled: OnSettled) -> TokenStream:
         """See Engine.submit."""
         requests.check(request, self.model)
+        assert request.grammar is None or request.compiled is not None
         with self._work:
             adapter = self._adapters.get(request.adapter) if request.adapter else None
         if request.adapter and adapter is None:
@@ -100,7 +109,9 @@ class BatchingEngine:
         return self._submit(request, on_settled, adapter)
 
     def _submit(self, request: GenerationRequest, on_settled: OnSettled, adapter: LoadedAdapter | None) -> TokenStream:
-        active = self._make_active(request, on_settled, adapter)
+        active = make_active(
+            request, self.model, self._vocabulary, adapter, self._cancel_active, on_settled, self._clock()
+        )
         with self._work:
             if self._draining or self._failure is not None:
                 raise PlatformError(Code.UNAVAILABLE, "the generator is shutting down", retry_after_s=1.0)
@@ -192,27 +203,6 @@ class BatchingEngine:
             self._work.notify()
         await asyncio.to_thread(self._thread.join, _JOIN_TIMEOUT_S)
 
-    def _make_active(self, request: GenerationRequest, on_settled: OnSettled, adapter: LoadedAdapter | None) -> Active:
-        most = requests.max_new_tokens(request, self.model)
-        eos = self.model.eos_token_ids
-        suppressed = tuple(eos | frozenset(request.stop.stop_token_ids)) if request.stop.min_tokens else ()
-        seed = random.getrandbits(64) if request.sampling.seed is None else request.sampling.seed
-        active = Active(
-            request=request,
-            model_version=adapter.spec.version if adapter else self.model.version,
-            adapter=adapter,
-            stream=TokenStream(lambda: self._cancel_active(active)),
-            on_settled=on_settled,
-            context=contextvars.copy_context(),
-            arrived_s=self._clock(),
-            sequences=[
-                Sequence(request, i, 0, seed, most, suppressed, adapter.weights if adapter else None)
-                for i in range(request.n)
-            ],
-            completions=[Completion(i, request.stop, most, eos, self._vocabulary) for i in range(request.n)],
-        )
-        return active
-
     def _actives(self) -> list[Active]:
         return list(dict.fromkeys(self._requests.values()))
 
@@ -233,29 +223,35 @@ class BatchingEngine:
                 self._failure = error
                 for active in self._actives():
                     self._fail(active, PlatformError(Code.INTERNAL, "the engine failed; its log has the cause"))
-            self._notify()
+            self._outbox.deliver()
         finally:
-            self._call_on_loop(self._ended.set)
+            self._outbox.call(self._ended.set)
 
     def _step(self) -> None:
         with self._work:
             self._reap()
+            started_s = self._stopwatch()
             step = self._scheduler.schedule()
+            schedule_s = self._stopwatch() - started_s
             self._note_admissions(step)
-            if not step and not self._settled and not self._closing:
+            if not step and not self._outbox.has_endings and not self._closing:
                 self._work.wait(_IDLE_WAIT_S)
-        self._notify()
+        self._outbox.deliver()
         if not step:
             return
+        started_s = self._stopwatch()
         try:
             outcomes = self._runner.execute(step)
         except OutOfMemory as error:
             self._fail_largest(step, error)
         else:
+            execute_s = self._stopwatch() - started_s
+            done = report(step, outcomes, schedule_s, execute_s, self._runner.step_times)
             with self._work:
                 for work, outcome in zip(step, outcomes, strict=True):
                     self._take(work, outcome)
-        self._notify()
+            self._on_step(done)
+        self._outbox.deliver()
 
     def _reap(self) -> None:
         """Ends what was cancelled and what nobody waits for any more, before blocks are given out."""
@@ -284,26 +280,43 @@ class BatchingEngine:
         self._push(active, [Started(len(active.request.prompt_ids), scores, active.model_version), *early])
 
     def _take(self, work: Work, outcome: Outcome) -> None:
-        """Enters the outcome of one work: progress, prompt scores, the new token, perhaps the end."""
+        """Enters the outcome of one work: progress, prompt scores, the new tokens, perhaps the end."""
         sequence = work.sequence
-        active = self._requests[sequence]
-        sequence.num_computed = work.end
+        active = self._requests.get(sequence)
+        if active is None:  # its request failed with another of its sequences, in this very step
+            return
+        sequence.num_computed = work.end + max(0, len(outcome.tokens) - 1)  # all but the last were drafts
         sequence.prompt_logprobs.extend(outcome.prompt_logprobs)
         if not active.is_started and sequence.index == 0 and sequence.num_computed >= sequence.num_prompt:
             self._start(active)
         completion = active.completions[sequence.index]
-        if outcome.token_id is not None:
-            if active.first_token_s is None:
-                active.first_token_s = self._clock()
-            self._completion_tokens_total += 1
-            sequence.token_ids.append(outcome.token_id)
-            delta = completion.add(outcome.token_id, outcome.logprob)
-            if delta is not None:
-                self._push(active, [delta])
-        elif sequence.max_new_tokens == 0 and sequence.num_computed == sequence.num_prompt:
+        try:
+            for sampled in outcome.tokens:
+                self._add(active, sequence, completion, sampled)
+                if completion.reason is not None:  # what was sampled past a stop does not exist
+                    break
+        except PlatformError as error:
+            self._fail(active, error)
+            return
+        if sequence.max_new_tokens == 0 and sequence.num_computed == sequence.num_prompt:
             completion.end(FinishReason.LENGTH)
         if completion.reason is not None:
             self._finish(active, sequence, completion)
+
+    def _add(self, active: Active, sequence: Sequence, completion: Completion, sampled: Sampled) -> None:
+        """Enters one token. Raises PlatformError where a grammar cannot go on."""
+        if active.first_token_s is None:
+            active.first_token_s = self._clock()
+        self._completion_tokens_total += 1
+        sequence.token_ids.append(sampled.token_id)
+        deltas = [completion.add(sampled.token_id, sampled.logprob)]
+        if sequence.matcher is not None and completion.reason is None:
+            sequence.matcher.accept(sampled.token_id)
+            if sequence.matcher.is_done:
+                deltas.append(completion.end(FinishReason.STOP))
+        shown = [delta for delta in deltas if delta is not None]
+        if shown:
+            self._push(active, shown)
 
     def _finish(self, active: Active, sequence: Sequence, completion: Completion) -> None:
         """Frees a sequence and tells its end; with the last one the request is done."""
@@ -331,7 +344,7 @@ class BatchingEngine:
                 completion.reason = FinishReason.ERROR
                 self._drop(sequence)
         active.stream.fail(error)
-        self._to_wake[active.stream] = None
+        self._outbox.wake(active.stream)
         self._settle(active, [FinishReason.ERROR] * active.request.n)
 
     def _fail_largest(self, step: list[Work], error: OutOfMemory) -> None:
@@ -350,9 +363,9 @@ class BatchingEngine:
     def _settle(self, active: Active, reasons: list[FinishReason]) -> Summary:
         """Notes that a request has ended: it holds nothing any more, and its end will be told on the loop."""
         summary = active.summarise(reasons, self._clock())
-        self._settled.append((active, summary))
+        self._outbox.settle(active, summary)
         if active.adapter is not None and self._adapters.release(active.adapter):
-            self._unused.append(active.adapter)
+            self._outbox.leave(active.adapter)
         return summary
 
     def _push(self, active: Active, events: Iterable[Event]) -> None:
@@ -360,30 +373,4 @@ class BatchingEngine:
             active.early.extend(events)
             return
         active.stream.push(events)
-        self._to_wake[active.stream] = None
-
-    # From the thread to the loop.
-
-    def _notify(self) -> None:
-        """Hands the step's wake-ups and endings to the loop, without the lock."""
-        to_wake, self._to_wake = list(self._to_wake), {}
-        settled, self._settled = self._settled, []
-        unused, self._unused = self._unused, []
-        if to_wake:
-            self._call_on_loop(_wake_all, to_wake)
-        for active, summary in settled:
-            self._call_on_loop(active.context.run, active.on_settled, summary)
-        for adapter in unused:
-            self._call_on_loop(adapter.unused.set)
-
-    def _call_on_loop(self, function: Callable[..., object], *arguments: object) -> None:
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop is closed: the process is ending and nobody reads any more
-            log.debug("the loop was closed before the engine")
-
-
-def _wake_all(streams: list[TokenStream]) -> None:
-    for stream in streams:
-        stream.wake()
+        self._outbox.wake(active.stream)

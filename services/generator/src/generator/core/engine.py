@@ -8,6 +8,7 @@ from generator.core.adapters import AdapterFiles, AdapterSpec, AdapterWeights
 from generator.core.events import Summary
 from generator.core.requests import GenerationRequest, ModelSpec
 from generator.core.sequences import Outcome, Work
+from generator.core.steps import StepTimes
 from generator.core.stream import TokenStream
 
 
@@ -81,6 +82,11 @@ class Runner(Protocol):
     @property
     def model(self) -> ModelSpec: ...
 
+    @property
+    def step_times(self) -> StepTimes | None:
+        """How the time of the last step divided; None where the runner does not measure it."""
+        ...
+
     def warm_up(self) -> None:
         """Runs usual shapes once, so that the first request does not pay for what is set up lazily."""
         ...
@@ -95,7 +101,9 @@ class Runner(Protocol):
     def execute(self, step: list[Work]) -> list[Outcome]:
         """Computes the work of one step and samples where it ends a sequence; one outcome for each work, in order.
 
-        Keys and values of token t of a sequence lie in slot table[t // block_size] * block_size + t % block_size.
+        Keys and values of token t of a sequence lie in slot table[t // block_size] * block_size + t % block_size, and
+        those of its drafts in the slots behind. A token is sampled at the last token, and at each draft for as long
+        as the tokens sampled before equal the drafts.
         Raises OutOfMemory; anything else that it raises ends the process.
         """
         ...

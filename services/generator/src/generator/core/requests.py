@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from chassis.errors import Code, PlatformError
+from generator.core.grammar import CompiledGrammar, Grammar
 
 MAX_COMPLETIONS = 16
 MAX_STOP_STRINGS = 16
@@ -54,14 +55,6 @@ class StopParams:
 
 
 @dataclass(frozen=True, slots=True)
-class Grammar:
-    """A constraint on the output; kind is "json_schema", "json_object", "regex", "choice" or "ebnf"."""
-
-    kind: str
-    source: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One request: n completions of a prompt. `deadline_unix_s` None means that the caller waits for ever."""
 
@@ -77,6 +70,7 @@ class GenerationRequest:
     adapter: str = ""
     cache_salt: str = ""
     grammar: Grammar | None = None
+    compiled: CompiledGrammar | None = field(default=None, repr=False, compare=False)  # of `grammar`, before submit
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,24 +8,72 @@ Legend: R rows, V vocabulary.
 """
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from generator.core.sequences import Sequence, TokenLogprob
+from generator.core.grammar import TokenMatcher
+from generator.core.sequences import Sequence, TokenLogprob, Work
 
 Floats = NDArray[np.float32]
 _MASK64 = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def sample(logits: Floats, sequences: Seq[Sequence]) -> list[int]:
-    """Returns one token for each row of `logits` [R, V], which it may overwrite."""
-    _penalise(logits, sequences)
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A token to sample: that of `sequence` which follows `offset` others of the same step."""
+
+    sequence: Sequence
+    offset: int = 0
+
+    @property
+    def position(self) -> int:
+        """Which of the completion's tokens it is, from 0."""
+        return self.sequence.num_new + self.offset
+
+
+def rows_of(work: Work) -> list[Row]:
+    """Returns what to sample for a work: a row at its last token and at each draft; none where it does not sample."""
+    return [Row(work.sequence, offset) for offset in range(1 + len(work.drafts))] if work.samples else []
+
+
+def num_accepted(drafts: Seq[int], token_ids: Seq[int]) -> int:
+    """Returns how many of the tokens sampled in a work's rows stand: those up to the first that is not the draft."""
+    for place, draft in enumerate(drafts):
+        if token_ids[place] != draft:
+            return place + 1
+    return len(token_ids)
+
+
+def sample(logits: Floats, rows: Seq[Row]) -> list[int]:
+    """Returns one token for each row of `logits` [R, V], which it overwrites."""
+    adjust(logits, rows)
+    return draw(logits, rows)
+
+
+def adjust(logits: Floats, rows: Seq[Row]) -> None:
+    """Applies penalties, biases, suppressed tokens and grammars in place; touches only the tokens concerned."""
+    for values, row in zip(logits, rows, strict=True):
+        sequence, sampling = row.sequence, row.sequence.sampling
+        if sampling.is_penalised:
+            _penalise_seen(values, sequence)
+        if sampling.logit_bias:
+            ids = np.fromiter(sampling.logit_bias.keys(), dtype=np.int64)
+            values[ids] += np.fromiter(sampling.logit_bias.values(), dtype=np.float32)
+        if sequence.suppressed_ids and row.position < sequence.request.stop.min_tokens:
+            values[list(sequence.suppressed_ids)] = -np.inf
+        if sequence.matcher is not None:
+            _constrain(values, sequence.matcher)
+
+
+def draw(logits: Floats, rows: Seq[Row]) -> list[int]:
+    """Returns one token for each row of adjusted `logits` [R, V]: the best one, or one drawn by its weights."""
     tokens = np.argmax(logits, axis=1)
-    rows = [row for row, s in enumerate(sequences) if not s.sampling.is_greedy]
-    if rows:
-        tokens[rows] = _draw(logits[rows], [sequences[row] for row in rows])
+    random = [place for place, row in enumerate(rows) if not row.sequence.sampling.is_greedy]
+    if random:
+        tokens[random] = _draw(logits[random], [rows[place] for place in random])
     return [int(token) for token in tokens]
 
 
@@ -58,17 +106,14 @@ def _splitmix(state: int) -> int:
     return z ^ (z >> 31)
 
 
-def _penalise(logits: Floats, sequences: Seq[Sequence]) -> None:
-    """Applies penalties, biases and suppressed tokens in place; touches only the tokens concerned."""
-    for row, sequence in enumerate(sequences):
-        sampling = sequence.sampling
-        if sampling.is_penalised:
-            _penalise_seen(logits[row], sequence)
-        if sampling.logit_bias:
-            ids = np.fromiter(sampling.logit_bias.keys(), dtype=np.int64)
-            logits[row, ids] += np.fromiter(sampling.logit_bias.values(), dtype=np.float32)
-        if sequence.suppressed_ids and sequence.num_new < sequence.request.stop.min_tokens:
-            logits[row, list(sequence.suppressed_ids)] = -np.inf
+def _constrain(row: Floats, matcher: TokenMatcher) -> None:
+    """Rules out what the grammar does not allow. A grammar that allows nothing but the end wins over min_tokens."""
+    allowed = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")[: len(row)].astype(bool)
+    row[len(allowed) :] = -np.inf  # ids that pad the weights' vocabulary
+    within = row[: len(allowed)]
+    if within[allowed].max(initial=-np.inf) == -np.inf:
+        within[allowed] = 0.0
+    within[~allowed] = -np.inf
 
 
 def _penalise_seen(row: Floats, sequence: Sequence) -> None:
@@ -84,14 +129,15 @@ def _penalise_seen(row: Floats, sequence: Sequence) -> None:
         row[ids] -= counts.astype(np.float32) * sampling.frequency_penalty + sampling.presence_penalty
 
 
-def _draw(logits: Floats, sequences: Seq[Sequence]) -> NDArray[np.int64]:
+def _draw(logits: Floats, rows: Seq[Row]) -> NDArray[np.int64]:
     """Draws by the inverse of the cumulative distribution: one random number for each row."""
+    sequences = [row.sequence for row in rows]
     temperature = np.array([s.sampling.temperature for s in sequences], dtype=np.float32)[:, None]
     # The best token gets 1, so a tiny temperature can underflow but never overflow.
     weights: Floats = np.exp((logits - logits.max(axis=1, keepdims=True)) / temperature)
     _filter(weights, sequences)
     cumulative = np.cumsum(weights, axis=1, dtype=np.float64)
-    draws = np.array([uniform(s.seed, s.index, s.num_new) for s in sequences])
+    draws = np.array([uniform(row.sequence.seed, row.sequence.index, row.position) for row in rows])
     targets = np.minimum(draws * cumulative[:, -1], np.nextafter(cumulative[:, -1], 0.0))
     chosen = [np.searchsorted(row, target, side="right") for row, target in zip(cumulative, targets, strict=True)]
     return np.asarray(chosen, dtype=np.int64)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from generator.core.adapters import AdapterWeights
+from generator.core.grammar import TokenMatcher
 from generator.core.requests import GenerationRequest, SamplingParams
 
 MAX_OVERTAKEN = 32
@@ -33,6 +34,7 @@ class Sequence:
     suppressed_ids: tuple[int, ...] = ()  # may not be sampled before min_tokens
     adapter: AdapterWeights | None = field(default=None, repr=False)  # None is the base; never changes
     token_ids: list[int] = field(default_factory=list, repr=False)
+    matcher: TokenMatcher | None = field(default=None, repr=False)  # of a grammar; knows the tokens taken so far
     num_prompt: int = 0
     num_computed: int = 0
     table: list[int] = field(default_factory=list)
@@ -76,15 +78,40 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one step does for a sequence: compute its next `num_tokens` tokens."""
+    """What one step does for a sequence: compute its next `num_tokens` tokens, and the drafts behind its last token.
+
+    Drafts are guesses of what will be sampled. Each of them that was right spares a step, and the others cost no more
+    than their rows: keys and values of a wrong one are overwritten later. Only a work that samples has any.
+    """
 
     sequence: Sequence
     num_tokens: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
-        """Number of tokens whose keys and values exist after the step."""
+        """Number of the sequence's own tokens whose keys and values exist after the step."""
         return self.sequence.num_computed + self.num_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it computes the token that was sampled last and nothing else of the sequence's own."""
+        return self.num_tokens == 1 and self.sequence.num_new > 0 and self.end == len(self.sequence.token_ids)
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that the step computes, the drafts included."""
+        return self.num_tokens + len(self.drafts)
+
+    @property
+    def reach(self) -> int:
+        """One past the last position that the step writes: the drafts lie behind `end`."""
+        return self.end + len(self.drafts)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens at the step's positions."""
+        return [*self.sequence.token_ids[self.sequence.num_computed : self.end], *self.drafts]
 
     @property
     def samples(self) -> bool:
@@ -105,9 +132,20 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a step brought for one Work: a token if it `samples`, log probabilities for its `scored` positions."""
+class Sampled:
+    """A token that was picked, and its log probability where the request asks for one."""
 
-    token_id: int | None = None
+    token_id: int
     logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step brought for one Work: tokens if it `samples`, log probabilities for its `scored` positions.
+
+    The first token follows the sequence's own last one; another follows each draft for as long as all before were
+    right. So there are 1 to 1 + len(drafts).
+    """
+
+    tokens: tuple[Sampled, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()

@@ -32,14 +32,14 @@ class BatchLayout:
         self._head_offsets = np.arange(2 * num_kv_heads, dtype=np.int64) * num_slots
 
     def order(self, step: list[Work]) -> list[Work]:
-        """Sorts a step into the order of the flat batch: decodes by length, then pieces of prompts."""
-        return sorted(step, key=lambda work: (work.num_tokens != 1, work.end))
+        """Sorts a step into the order of the flat batch: decodes by length, then all of more than one row."""
+        return sorted(step, key=lambda work: (work.num_positions != 1, work.end))
 
     def lay_out(self, ordered: list[Work]) -> FlatBatch:
         """Makes the tensors of a step that `order` sorted."""
-        tokens = np.concatenate([w.sequence.token_ids[w.sequence.num_computed : w.end] for w in ordered])
-        positions = np.concatenate([np.arange(w.sequence.num_computed, w.end) for w in ordered])
-        slots = np.concatenate([self._slots(w, w.sequence.num_computed, w.end) for w in ordered])
+        tokens = np.concatenate([w.token_ids for w in ordered])
+        positions = np.concatenate([np.arange(w.sequence.num_computed, w.reach) for w in ordered])
+        slots = np.concatenate([self._slots(w, w.sequence.num_computed, w.reach) for w in ordered])
         write_rows = (slots[:, None] + self._head_offsets).ravel()
         return FlatBatch(
             token_ids=torch.from_numpy(tokens.astype(np.int64)),
@@ -63,18 +63,18 @@ class BatchLayout:
         return groups
 
     def _fits(self, members: list[Work], work: Work) -> bool:
-        most = max(_SMALL_NUM_KEYS, int(members[0].end * _LENGTH_RATIO))
-        return members[0].num_tokens == work.num_tokens == 1 and work.end <= most
+        most = max(_SMALL_NUM_KEYS, int(members[0].reach * _LENGTH_RATIO))
+        return members[0].num_positions == work.num_positions == 1 and work.reach <= most
 
     def _group(self, members: list[Work], start: int) -> AttentionGroup:
-        num_keys = max(work.end for work in members)
+        num_keys = max(work.reach for work in members)
         slots = np.zeros((len(members), num_keys), dtype=np.int64)  # padding reads slot 0, and the mask hides it
         for row, work in enumerate(members):
-            slots[row, : work.end] = self._slots(work, 0, work.end)
+            slots[row, : work.reach] = self._slots(work, 0, work.reach)
         kv_rows = slots[:, None, :] + self._head_offsets[None, :, None]
         return AttentionGroup(
             start=start,
-            end=start + sum(work.num_tokens for work in members),
+            end=start + sum(work.num_positions for work in members),
             num_sequences=len(members),
             kv_rows=torch.from_numpy(kv_rows.ravel()),
             num_keys=num_keys,
@@ -83,7 +83,7 @@ class BatchLayout:
 
     def _mask(self, members: list[Work], num_keys: int) -> Tensor:
         """A token at position p sees the keys 0..p. Rows repeat for the query heads that share a key head."""
-        positions = np.stack([np.arange(work.sequence.num_computed, work.end) for work in members])  # [B, T]
+        positions = np.stack([np.arange(work.sequence.num_computed, work.reach) for work in members])  # [B, T]
         hidden = np.arange(num_keys)[None, None, :] > positions[:, :, None]  # [B, T, L]
         mask = torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(torch.from_numpy(hidden), float("-inf"))
         return mask.repeat(1, self._queries_per_kv, 1).unsqueeze(1)
@@ -105,8 +105,8 @@ def _adapter_rows(ordered: list[Work]) -> list[AdapterRows]:
         if adapter is not None:
             assert isinstance(adapter, LoraWeights)
             weights[id(adapter)] = adapter
-            rows.setdefault(id(adapter), []).append(np.arange(start, start + work.num_tokens))
-        start += work.num_tokens
+            rows.setdefault(id(adapter), []).append(np.arange(start, start + work.num_positions))
+        start += work.num_positions
     groups = []
     for key, adapter in weights.items():
         chosen = np.concatenate(rows[key])

@@ -1,5 +1,6 @@
 """Runs a step of the batching engine on a Llama model in torch, on the CPU."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,8 @@ from generator.core import sampling
 from generator.core.adapters import AdapterFiles
 from generator.core.engine import OutOfMemory
 from generator.core.requests import GenerationRequest, ModelSpec, SamplingParams
-from generator.core.sequences import Outcome, Sequence, TokenLogprob, Work
+from generator.core.sequences import Outcome, Sampled, Sequence, TokenLogprob, Work
+from generator.core.steps import StepTimes
 
 CAPABILITIES = frozenset(
     {"chat", "logprobs", "prompt_logprobs", "seed", "n", "stop", "logit_bias", "penalties", "lora"}
@@ -45,6 +47,7 @@ class TorchRunner:
         self.block_size = block_size
         self._llama = llama
         self._model = model
+        self._step_times: StepTimes | None = None
         config = llama.config
         self._layout = BatchLayout(
             num_slots=num_blocks * block_size,
@@ -57,6 +60,10 @@ class TorchRunner:
     @property
     def model(self) -> ModelSpec:
         return self._model
+
+    @property
+    def step_times(self) -> StepTimes | None:
+        return self._step_times
 
     @property
     def dtype_name(self) -> str:
@@ -81,41 +88,46 @@ class TorchRunner:
     def execute(self, step: list[Work]) -> list[Outcome]:
         """See Runner.execute."""
         ordered = self._layout.order(step)
+        started_s = time.perf_counter()
         try:
             with torch.inference_mode():
                 hidden = self._llama.forward(self._layout.lay_out(ordered))
+                computed_s = time.perf_counter()
                 scores = self._score_prompts(ordered, hidden)
                 sampled = self._sample(ordered, hidden)
+                self._step_times = StepTimes(computed_s - started_s, time.perf_counter() - computed_s)
         except (MemoryError, RuntimeError) as error:
             if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
                 raise OutOfMemory(str(error)) from error
             raise
-        nothing: tuple[int | None, TokenLogprob | None] = (None, None)
-        outcomes = []
-        for work in step:
-            token_id, logprob = sampled.get(id(work), nothing)
-            outcomes.append(Outcome(token_id, logprob, tuple(scores.get(id(work), ()))))
-        return outcomes
+        return [Outcome(tuple(sampled.get(id(work), ())), tuple(scores.get(id(work), ()))) for work in step]
 
-    def _sample(self, ordered: list[Work], hidden: Tensor) -> dict[int, tuple[int, TokenLogprob | None]]:
-        """Samples for the works that end their sequence; logits are computed for their last rows only."""
-        last_rows, row = [], 0
+    def _sample(self, ordered: list[Work], hidden: Tensor) -> dict[int, list[Sampled]]:
+        """Samples for the works that end their sequence; logits are computed for their last tokens and drafts only."""
+        rows: list[sampling.Row] = []
+        places: list[int] = []
+        end = 0
         for work in ordered:
-            row += work.num_tokens
-            last_rows.append(row - 1)
-        chosen = [(work, last) for work, last in zip(ordered, last_rows, strict=True) if work.samples]
-        if not chosen:
+            end += work.num_positions
+            found = sampling.rows_of(work)
+            rows += found
+            places += range(end - len(found), end)
+        if not rows:
             return {}
-        works = [work for work, _ in chosen]
-        logits = self._llama.logits(hidden[torch.tensor([last for _, last in chosen])]).numpy()
-        asking = [i for i, work in enumerate(works) if work.sequence.request.logprobs is not None]
+        logits = self._llama.logits(hidden[torch.tensor(places)]).numpy()
+        asking = [i for i, row in enumerate(rows) if row.sequence.request.logprobs is not None]
         raw = logits[asking]  # a copy, taken before penalties change the rows
-        tokens = sampling.sample(logits, [work.sequence for work in works])
-        logprobs: dict[int, TokenLogprob] = {}
+        tokens = [Sampled(token_id) for token_id in sampling.sample(logits, rows)]
         for place, i in enumerate(asking):
-            num_top = works[i].sequence.request.logprobs or 0
-            logprobs[i] = sampling.logprobs(raw[place : place + 1], [tokens[i]], num_top)[0]
-        return {id(work): (tokens[i], logprobs.get(i)) for i, work in enumerate(works)}
+            num_top = rows[i].sequence.request.logprobs or 0
+            (logprob,) = sampling.logprobs(raw[place : place + 1], [tokens[i].token_id], num_top)
+            tokens[i] = Sampled(tokens[i].token_id, logprob)
+        sampled: dict[int, list[Sampled]] = {}
+        for work in ordered:
+            mine, tokens = tokens[: len(sampling.rows_of(work))], tokens[len(sampling.rows_of(work)) :]
+            if mine:
+                sampled[id(work)] = mine[: sampling.num_accepted(work.drafts, [token.token_id for token in mine])]
+        return sampled
 
     def _score_prompts(self, ordered: list[Work], hidden: Tensor) -> dict[int, list[TokenLogprob]]:
         scores: dict[int, list[TokenLogprob]] = {}
@@ -129,7 +141,7 @@ class TorchRunner:
                 targets = sequence.token_ids[start + 1 : end + 1]
                 found = sampling.logprobs(logits, targets, sequence.request.prompt_logprobs or 0)
                 scores.setdefault(id(work), []).extend(found)
-            row += work.num_tokens
+            row += work.num_positions
         return scores
 
 
