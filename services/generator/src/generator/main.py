@@ -17,6 +17,7 @@ from generator.backends.adapter_store import FolderAdapterStore
 from generator.core.library import AdapterLibrary
 from generator.core.requests import ModelSpec
 from generator.settings import GeneratorSettings
+from modelstore import Manifest
 
 
 def main() -> int:
@@ -63,8 +64,15 @@ def main() -> int:
 def _store(settings: GeneratorSettings, model: ModelSpec) -> FolderAdapterStore | None:
     if settings.store_dir is None:
         return None
-    max_bytes = engines.adapter_limits(settings).max_bytes
-    return FolderAdapterStore(settings.store_dir, model.id, model.version, max_bytes)
+    manifest = Manifest.load(settings.model_dir)
+    return FolderAdapterStore(
+        settings.store_dir,
+        model.id,
+        model.version,
+        engines.adapter_limits(settings).max_bytes,
+        base_weights_sha256=manifest.weights_sha256,
+        earlier_versions=manifest.config.get("earlier_versions", ()),
+    )
 
 
 if __name__ == "__main__":
