@@ -63,7 +63,7 @@ def make_active(
     cancel: Callable[[Active], None],
     on_settled: OnSettled,
     arrived_s: float,
-    speculates: bool,
+    speculates: bool = False,
 ) -> Active:
     """Makes what the engine keeps of a request that was checked, with its sequences not yet in any queue."""
     most = requests.max_new_tokens(request, model)
