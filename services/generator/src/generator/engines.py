@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from chassis.errors import PlatformError
+from chassis.errors import Code, PlatformError
 from generator.backends import native_runner
 from generator.backends.hf_tokenizer import HfTokenizer
 from generator.backends.native_runner.library import load_library
@@ -122,7 +122,11 @@ def load_native(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
 
 def load_torch(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
     """Verifies the model's files, then loads and warms it in torch. Blocks for seconds. Raises PlatformError."""
-    from generator.backends.torch_runner import RunnerOptions, make_runner
+    try:
+        from generator.backends.torch_runner import RunnerOptions, make_runner
+    except ImportError as error:
+        message = f"the engine torch cannot run here ({error}): use GENERATOR_ENGINE=native, or the GPU image"
+        raise PlatformError(Code.FAILED_PRECONDITION, message, retryable=False) from error
 
     manifest = Manifest.load(settings.model_dir)
     manifest.verify()
