@@ -92,7 +92,7 @@ def test_observing_a_step_costs_less_than_50_us(meter: EngineMeter) -> None:
 async def test_gauges_and_counters_follow_a_running_engine(engine: BatchingEngine, meter: EngineMeter) -> None:
     before = {kind: _value("pressroom_engine_tokens_total", kind=kind) for kind in ("prompt", "completion")}
     preempted = _value("pressroom_preemptions_total")
-    first, second = await asyncio.gather(*(collect(engine, ask((97,) * 90, 100)) for _ in range(2)))
+    first, second = await asyncio.gather(*(collect(engine, ask((letter,) * 90, 100)) for letter in (97, 98)))
     assert len(first.tokens[0]) == len(second.tokens[0]) == 100
     stats = engine.stats()
     assert stats.preemptions_total > 0

@@ -189,7 +189,10 @@ def _batching(
         max_waiting=settings.max_waiting,
         max_step_tokens=settings.max_step_tokens,
         max_mixed_prefill_tokens=settings.max_mixed_prefill_tokens,
+        max_slowdown=settings.max_slowdown,
         max_background_tokens=settings.max_background_tokens,
+        max_drafts=settings.max_drafts if settings.speculation else 0,
+        max_speculative_batch=settings.max_speculative_batch,
     )
     blocks = BlockManager(runner.num_blocks, runner.block_size, settings.prefix_caching)
     return BatchingEngine(runner, tokenizer, blocks, limits, adapter_limits(settings), on_step=on_step)
