@@ -69,7 +69,7 @@ def main() -> int:
         )
         adapter_limits = AdapterLimits(settings.max_adapters, settings.adapter_memory_mb * 1024 * 1024)
         meter = EngineMeter(app.name)
-        blocks = BlockManager(runner.num_blocks, runner.block_size)
+        blocks = BlockManager(runner.num_blocks, runner.block_size, settings.prefix_caching)
         engine = BatchingEngine(runner, tokenizer, blocks, limits, adapter_limits, on_step=meter.on_step)
         engine.start()
         app.on_close(engine.close)

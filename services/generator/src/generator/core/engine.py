@@ -23,8 +23,8 @@ class EngineStats:
     prompt_tokens_total: int
     completion_tokens_total: int
     preemptions_total: int
-    prefix_query_tokens_total: int = 0  # prompt tokens looked up in the prefix cache
-    prefix_hit_tokens_total: int = 0
+    prefix_query_tokens_total: int = 0  # prompt tokens of admitted sequences
+    prefix_hit_tokens_total: int = 0  # those of them that the prefix cache spared
     loaded_adapters: int = 0
     adapter_bytes: int = 0  # the probed and the replaced that still run included
     adapter_evictions_total: int = 0
