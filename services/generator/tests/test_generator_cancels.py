@@ -66,7 +66,7 @@ async def test_a_cancel_frees_blocks_within_one_step(
 ) -> None:
     """The step that runs when the cancel comes is the last one with the request, and the next frees its blocks."""
     settled: list[Summary] = []
-    stream = engine.submit(_named("cancelled"), settled.append)
+    stream = engine.submit(_named("cancelled", cache_salt="of its own"), settled.append)  # no blocks are shared
     engine.submit(_named("other"), lambda _: None)
     for number in range(at_step):
         await eventually(lambda n=number: len(runner.begun) > n)  # type: ignore[misc]

@@ -92,13 +92,13 @@ def test_observing_a_step_costs_less_than_50_us(meter: EngineMeter) -> None:
 async def test_gauges_and_counters_follow_a_running_engine(engine: BatchingEngine, meter: EngineMeter) -> None:
     before = {kind: _value("pressroom_engine_tokens_total", kind=kind) for kind in ("prompt", "completion")}
     preempted = _value("pressroom_preemptions_total")
-    first, second = await asyncio.gather(*(collect(engine, ask((97,) * 90, 100)) for _ in range(2)))
+    first, second = await asyncio.gather(*(collect(engine, ask((letter,) * 90, 100)) for letter in b"ab"))
     assert len(first.tokens[0]) == len(second.tokens[0]) == 100
     stats = engine.stats()
     assert stats.preemptions_total > 0
     assert _value("pressroom_preemptions_total") - preempted == stats.preemptions_total
     assert _value("pressroom_engine_tokens_total", kind="completion") - before["completion"] == 200
-    assert _value("pressroom_engine_tokens_total", kind="prompt") - before["prompt"] > 180  # a part of it twice
+    assert _value("pressroom_engine_tokens_total", kind="prompt") - before["prompt"] >= 180  # of both, and a part again
     assert _value("pressroom_kv_blocks_capacity") == 52 and _value("pressroom_kv_blocks_used") == stats.blocks_used
     assert _value("pressroom_known_adapters") == 3 and _value("pressroom_running_sequences") == 0
     assert meter.totals.num_steps >= 100 and meter.totals.forward_s > 0
