@@ -13,9 +13,11 @@ from chassis.nats_bus import NatsBus
 from chassis.settings import load_settings
 from contracts import subjects
 from generator.api import accounting, consumers
+from generator.api.grammars import GrammarDesk
 from generator.api.grpc import GeneratorServicer
 from generator.backends.adapter_store import FolderAdapterStore
 from generator.backends.hf_tokenizer import HfTokenizer
+from generator.backends.llguidance_grammar import LlguidanceCompiler
 from generator.backends.torch_runner import TorchRunner, make_runner
 from generator.backends.torch_runner.runner import RunnerOptions
 from generator.core.adapters import AdapterLimits
@@ -27,6 +29,8 @@ from generator.settings import GeneratorSettings
 from modelstore import Manifest
 
 log = logging.getLogger(__name__)
+
+_GRAMMAR_WORKERS = 2
 
 
 def load(settings: GeneratorSettings) -> tuple[TorchRunner, HfTokenizer]:
@@ -69,7 +73,8 @@ def main() -> int:
         )
         adapter_limits = AdapterLimits(settings.max_adapters, settings.adapter_memory_mb * 1024 * 1024)
         blocks = BlockManager(runner.num_blocks, runner.block_size)
-        engine = BatchingEngine(runner, tokenizer, blocks, limits, adapter_limits)
+        compiler = await asyncio.to_thread(_grammars, settings, runner)
+        engine = BatchingEngine(runner, tokenizer, blocks, limits, adapter_limits, compiler)
         engine.start()
         app.on_close(engine.close)
         app.spawn("engine", engine.watch())
@@ -86,7 +91,7 @@ def main() -> int:
         await library.load_all()  # before the ports open: a restart must not make a tuned model unknown for a while
         app.add_grpc(
             generator_pb2_grpc.add_GeneratorServiceServicer_to_server,
-            GeneratorServicer(engine, library, tokenizer),
+            GeneratorServicer(engine, library, tokenizer, _desk(app, settings, compiler)),
             "pressroom.generator.v1.GeneratorService",
         )
         streams = [StreamSpec(s.name, s.subjects, s.retention, s.max_age_s, s.max_bytes) for s in subjects.STREAMS]
@@ -103,6 +108,31 @@ def main() -> int:
         )
 
     return App("generator", settings).run(setup)
+
+
+def _grammars(settings: GeneratorSettings, runner: TorchRunner) -> LlguidanceCompiler:
+    """Makes the compiler of grammars with its processes. Blocks for a fraction of a second."""
+    compiler = LlguidanceCompiler(
+        settings.model_dir,
+        runner.model,
+        timeout_s=settings.grammar_timeout_s,
+        max_cached=settings.grammar_cache_size,
+        num_workers=_GRAMMAR_WORKERS,
+    )
+    compiler.start()
+    return compiler
+
+
+def _desk(app: App, settings: GeneratorSettings, compiler: LlguidanceCompiler) -> GrammarDesk:
+    # A new process, where one was killed, comes on top of the budget.
+    desk = GrammarDesk(compiler, timeout_s=3 * settings.grammar_timeout_s, num_threads=_GRAMMAR_WORKERS)
+
+    async def close() -> None:
+        await asyncio.to_thread(desk.close)
+        await asyncio.to_thread(compiler.close)
+
+    app.on_close(close)
+    return desk
 
 
 def _store(settings: GeneratorSettings, runner: TorchRunner, limits: AdapterLimits) -> FolderAdapterStore | None:

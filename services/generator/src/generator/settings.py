@@ -32,6 +32,10 @@ class GeneratorSettings(ServiceSettings):
     max_mixed_prefill_tokens: int = Field(
         64, ge=1, le=65536, description="Most prompt tokens in a step that others decode in: bounds their stutter."
     )
+    grammar_timeout_s: float = Field(
+        0.7, gt=0, le=60, description="Longest time that a grammar may take to compile, in seconds."
+    )
+    grammar_cache_size: int = Field(128, ge=1, le=65536, description="Compiled grammars that are kept.")
     max_background_tokens: int = Field(
         8, ge=1, le=65536, description="Most tokens of the background (priority below 0) in a step with others."
     )

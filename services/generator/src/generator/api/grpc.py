@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Protocol
 
 from pressroom.generator.v1 import generator_pb2 as pb
@@ -11,6 +12,7 @@ from pressroom.generator.v1 import generator_pb2_grpc
 from chassis import context
 from chassis.errors import Code, PlatformError
 from generator.api import accounting, wire
+from generator.api.grammars import GrammarDesk
 from generator.core import requests
 from generator.core.adapters import not_loaded
 from generator.core.engine import Engine
@@ -36,11 +38,14 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
         engine: Engine,
         library: AdapterLibrary,
         tokenizer: Tokenizer,
+        grammars: GrammarDesk | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`grammars` compiles for an engine that wants them compiled."""
         self._engine = engine
         self._library = library
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._clock = clock
 
     async def Generate(self, request: pb.GenerateRequest, rpc: RpcContext) -> AsyncIterator[pb.GenerateResponse]:
@@ -48,6 +53,8 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
         deadline_s = self._deadline(request, rpc)
         prompt_ids = await self._prompt_ids(request)
         asked = wire.read_request(request, prompt_ids, adapter, context.current().request_id, deadline_s)
+        if asked.grammar is not None and self._grammars is not None:
+            asked = replace(asked, compiled=await self._grammars.compile(asked.grammar))
         model_id = adapter or self._engine.model.id
         stream = self._engine.submit(asked, lambda summary: accounting.settle(summary, model_id))
         # Whatever way the call ends, this runs at once; a generator's `finally` may wait for its finaliser.

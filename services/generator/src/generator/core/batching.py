@@ -309,11 +309,11 @@ class BatchingEngine:
             active.first_token_s = self._clock()
         self._completion_tokens_total += 1
         sequence.token_ids.append(sampled.token_id)
-        deltas = [completion.add(sampled.token_id, sampled.logprob)]
-        if sequence.matcher is not None and completion.reason is None:
+        if sequence.matcher is not None:  # first of all: an end token may be all that is left where a mask failed
             sequence.matcher.accept(sampled.token_id)
-            if sequence.matcher.is_done:
-                deltas.append(completion.end(FinishReason.STOP))
+        deltas = [completion.add(sampled.token_id, sampled.logprob)]
+        if sequence.matcher is not None and completion.reason is None and sequence.matcher.is_done:
+            deltas.append(completion.end(FinishReason.STOP))
         shown = [delta for delta in deltas if delta is not None]
         if shown:
             self._push(active, shown)

@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A constraint on the output; kind is "json_schema", "json_object", "regex", "choice" or "ebnf"."""
+    """A constraint on the output.
+
+    kind is "json_schema", "json_object", "regex", "choice" (the source is a JSON list of strings), "ebnf" (llguidance's
+    Lark, or GBNF where it has "::=") or "tool_calls" (see core.tool_calls).
+    """
 
     kind: str
     source: str = ""
