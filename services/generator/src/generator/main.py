@@ -17,7 +17,7 @@ from generator.api.grammars import GrammarDesk
 from generator.api.grpc import GeneratorServicer
 from generator.backends.adapter_store import FolderAdapterStore
 from generator.backends.hf_tokenizer import HfTokenizer
-from generator.backends.llguidance_grammar import LlguidanceCompiler
+from generator.backends.llguidance_grammar import LlguidanceCompiler, load_tokenizer
 from generator.backends.torch_runner import TorchRunner, make_runner
 from generator.backends.torch_runner.runner import RunnerOptions
 from generator.core.adapters import AdapterLimits
@@ -113,8 +113,7 @@ def main() -> int:
 def _grammars(settings: GeneratorSettings, runner: TorchRunner) -> LlguidanceCompiler:
     """Makes the compiler of grammars with its processes. Blocks for a fraction of a second."""
     compiler = LlguidanceCompiler(
-        settings.model_dir,
-        runner.model,
+        load_tokenizer(settings.model_dir, runner.model),
         timeout_s=settings.grammar_timeout_s,
         max_cached=settings.grammar_cache_size,
         num_workers=_GRAMMAR_WORKERS,

@@ -112,7 +112,7 @@ class TrialProcess:
 # The other side.
 
 
-class _ByteTokenizer:
+class ByteTokenizer:
     """A vocabulary of the 256 bytes: what a grammar does with it costs what it would cost with a model's, or less."""
 
     eos_token_id = 256
@@ -151,7 +151,7 @@ def _try(request: dict[str, Any], tokenizer: Any) -> dict[str, str]:
 def _serve() -> None:
     from llguidance import LLTokenizer, TokenizerWrapper
 
-    tokenizer = LLTokenizer(TokenizerWrapper(_ByteTokenizer()))
+    tokenizer = LLTokenizer(TokenizerWrapper(ByteTokenizer()))
     print("{}", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chassis.errors import Code, PlatformError
+from generator.backends import grammar_trial
 from generator.backends.grammar_trial import TrialFailed, TrialProcess
 from generator.core import tool_calls
 from generator.core.grammar import Grammar
@@ -38,21 +39,29 @@ _LIMITS: dict[str, Any] = {
     "max_grammar_size": 250_000,
     "verbose_errors": False,
 }
-_SLOW_START_S, _SLOW_TOKEN_S = 0.5, 0.002
+_ALLOWED_S, _ALLOWED_PER_TOKEN_S = 0.5, 0.002
+
+
+def load_tokenizer(model_dir: Path, model: ModelSpec) -> llguidance.LLTokenizer:
+    """Reads a model's vocabulary. Blocks for a fraction of a second."""
+    text = (model_dir / "tokenizer.json").read_text()
+    return llguidance.LLTokenizer(text, n_vocab=model.vocab_size, eos_token=sorted(model.eos_token_ids))
+
+
+def byte_tokenizer() -> llguidance.LLTokenizer:
+    """Makes the vocabulary of an engine whose tokens are the 256 bytes, and an end."""
+    wrapped = llguidance.TokenizerWrapper(grammar_trial.ByteTokenizer())
+    return llguidance.LLTokenizer(wrapped)
 
 
 class LlguidanceCompiler:
     """See core.grammar.GrammarCompiler. Close it: it has up to `num_workers` processes."""
 
     def __init__(
-        self, model_dir: Path, model: ModelSpec, *, timeout_s: float, max_cached: int, num_workers: int = 2
+        self, tokenizer: llguidance.LLTokenizer, *, timeout_s: float, max_cached: int, num_workers: int = 2
     ) -> None:
+        self._tokenizer = tokenizer
         self._timeout_s = timeout_s
-        self._end_ids = sorted(model.eos_token_ids)
-        self._num_words = -(-model.vocab_size // 32)
-        self._tokenizer = llguidance.LLTokenizer(
-            (model_dir / "tokenizer.json").read_text(), n_vocab=model.vocab_size, eos_token=self._end_ids
-        )
         self._max_cached = max_cached
         self._cache: OrderedDict[bytes, LlguidanceGrammar] = OrderedDict()
         self._lock = threading.Lock()
@@ -132,7 +141,7 @@ class LlguidanceCompiler:
     def _build(self, source: str) -> "LlguidanceGrammar":
         limits = llguidance.LLParserLimits(**_LIMITS)
         matcher = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
-        compiled = LlguidanceGrammar(matcher, self._num_words, self._end_ids)
+        compiled = LlguidanceGrammar(matcher, -(-self._tokenizer.vocab_size // 32), self._tokenizer.eos_tokens)
         if not matcher.is_error():
             # The first mask sets up what is lazy, here and not on the engine's thread.
             first = matcher.deep_copy()
@@ -146,14 +155,18 @@ class LlguidanceCompiler:
 class LlguidanceGrammar:
     """See core.grammar.CompiledGrammar. Thread-safe."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, num_words: int, end_ids: list[int]) -> None:
+    def __init__(
+        self, matcher: llguidance.LLMatcher, num_words: int, end_ids: list[int], allowed_s: float = _ALLOWED_S
+    ) -> None:
+        """`allowed_s` is time of the engine that a completion may take beyond that for each token."""
         self._matcher = matcher
         self._num_words = num_words
         self._end_ids = end_ids
+        self._allowed_s = allowed_s
 
     def matcher(self) -> "LlguidanceMatcher":
         """See CompiledGrammar.matcher."""
-        return LlguidanceMatcher(self._matcher.deep_copy(), self._num_words, self._end_ids)
+        return LlguidanceMatcher(self._matcher.deep_copy(), self._num_words, self._end_ids, self._allowed_s)
 
 
 class LlguidanceMatcher:
@@ -163,11 +176,11 @@ class LlguidanceMatcher:
     mask, that others would feel it: 2 ms for a token, in the mean.
     """
 
-    def __init__(self, matcher: llguidance.LLMatcher, num_words: int, end_ids: list[int]) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, num_words: int, end_ids: list[int], allowed_s: float) -> None:
         self._matcher = matcher
         self._words = np.zeros(num_words, dtype=np.int32)
         self._end_ids = end_ids
-        self._allowed_s = _SLOW_START_S
+        self._allowed_s = allowed_s
         self._is_failed = False
 
     @property
@@ -193,7 +206,7 @@ class LlguidanceMatcher:
             return
         began_s = time.thread_time()
         is_taken = not self._is_failed and self._matcher.consume_token(token_id)
-        self._allowed_s += _SLOW_TOKEN_S + began_s - time.thread_time()
+        self._allowed_s += _ALLOWED_PER_TOKEN_S + began_s - time.thread_time()
         if not is_taken:
             self._is_failed = True
             said = self._matcher.get_error() or "its masks take too long"
@@ -218,7 +231,9 @@ def _translate(grammar: Grammar) -> str:
         case "json_schema":
             return _from_schema(_load("the JSON Schema", grammar.source, dict))
         case "regex":
-            return llguidance.LLMatcher.grammar_from_regex(grammar.source)
+            # Digits are ASCII's, as in JSON Schema: nobody who writes \d means those of forty scripts.
+            ascii_digits = llguidance.regex_to_lark(grammar.source, "d")
+            return llguidance.LLMatcher.grammar_from_lark(f"start: /{ascii_digits}/")
         case "choice":
             options = _load("the choice", grammar.source, list)
             if not options or not all(isinstance(option, str) for option in options):
