@@ -16,6 +16,7 @@ from engine_suite import PROMPTS, ask, collect
 from safetensors.torch import load_file, save, save_file
 
 from chassis.errors import Code, PlatformError
+from generator.backends.lora_files import LoraShape, read_lora
 from generator.backends.torch_runner import TorchRunner, make_runner
 from generator.backends.torch_runner.runner import RunnerOptions
 from generator.backends.toy import ByteTokenizer
@@ -97,8 +98,15 @@ def _read_folder(folder: Path) -> AdapterFiles:
             "layers_to_transform": [1],
             "lora_dropout": 0.3,
         },
+        {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": list(lora_files.MODULES),
+            "rank_pattern": {"k_proj": 2, "^model.layers.1.self_attn.v_proj": 7, "layers.0.mlp.up_proj": 1},
+            "alpha_pattern": {"1.mlp.gate_proj": 3, "k_proj": 5},
+        },
     ],
-    ids=["all modules", "rslora on parts of fused layers", "one layer"],
+    ids=["all modules", "rslora on parts of fused layers", "one layer", "ranks and alphas by module"],
 )
 def test_on_the_fly_equals_peft_and_the_merged_model(
     folder: Path, runner: TorchRunner, tmp_path: Path, options: dict[str, Any]
@@ -201,8 +209,10 @@ def _refusal(runner: TorchRunner, files: AdapterFiles) -> PlatformError:
         ({"lora_bias": True}, "lora_bias"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 8}}, "alpha_pattern"),
+        ({"rank_pattern": {"(a+)+$": 8}}, "rank_pattern"),  # an expression that never ends
+        ({"alpha_pattern": {"": 8}}, "alpha_pattern"),
+        ({"rank_pattern": {"q_proj": 100_000}}, "rank"),
+        ({"use_rslora": True, "alpha_pattern": {"q_proj": 8}}, "use_rslora"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"target_parameters": ["x"]}, "target_parameters"),
@@ -245,6 +255,31 @@ def test_a_tensor_file_that_is_not_whole_is_damage(runner: TorchRunner, spoil: A
 @pytest.mark.parametrize("config", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"peft_type":"LORA","r":4}'])
 def test_a_configuration_that_is_none_is_damage(runner: TorchRunner, config: bytes) -> None:
     assert _refusal(runner, replace(_files("a", 1), config=config)).code is Code.DATA_LOSS
+
+
+@pytest.mark.parametrize(
+    "fields", [{"rank_pattern": ["q_proj"]}, {"alpha_pattern": {"q_proj": "8"}}, {"alpha_pattern": {"q_proj": 1e400}}]
+)
+def test_a_pattern_that_is_none_is_damage(runner: TorchRunner, fields: dict[str, Any]) -> None:
+    files = _files("a", 1)
+    config = json.dumps(json.loads(files.config) | fields).encode()
+    assert _refusal(runner, replace(files, config=config)).code is Code.DATA_LOSS
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_every_floating_type_is_read_exactly_and_the_scale_is_in_b(dtype: torch.dtype) -> None:
+    """Powers of two as scale: products are exact, so equal means equal bits."""
+    tensors = {name: tensor.to(dtype) for name, tensor in lora_files.tensors(tiny_llama.CONFIG, 1).items()}
+    config = lora_files.config_json(4, alpha=8.0)
+    shape = LoraShape(num_layers=2, hidden_size=48, inner_size=96, query_size=48, kv_size=16)
+    layers = read_lora(AdapterFiles(lora_files.spec(f"{BASE}:a"), config, save(tensors)), shape)
+    for number, layer in enumerate(layers):
+        for module, parent in lora_files.MODULES.items():
+            pair = layer[module.removesuffix("_proj")]
+            name = f"base_model.model.model.layers.{number}.{parent}.{module}"
+            assert pair.a.dtype == pair.b.dtype == "float32"
+            assert (pair.a == tensors[f"{name}.lora_A.weight"].float().numpy()).all()
+            assert (pair.b == 2 * tensors[f"{name}.lora_B.weight"].float().numpy()).all()
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -72,7 +72,7 @@ def main() -> int:
             max_background_tokens=settings.max_background_tokens,
         )
         adapter_limits = AdapterLimits(settings.max_adapters, settings.adapter_memory_mb * 1024 * 1024)
-        blocks = BlockManager(runner.num_blocks, runner.block_size)
+        blocks = BlockManager(runner.num_blocks, runner.block_size, settings.prefix_caching)
         compiler = await asyncio.to_thread(_grammars, settings, runner)
         engine = BatchingEngine(runner, tokenizer, blocks, limits, adapter_limits, compiler)
         engine.start()

@@ -25,6 +25,9 @@ class GeneratorSettings(ServiceSettings):
     max_model_len: int = Field(2048, ge=128, le=1_048_576, description="Most tokens of prompt and completion together.")
     kv_cache_mb: int = Field(256, ge=8, le=1_048_576, description="Memory for keys and values, in MiB.")
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of that memory.")
+    prefix_caching: bool = Field(
+        True, description="Whether prompts with a common beginning share its keys and values, within a tenant."
+    )
     max_running: int = Field(32, ge=1, le=1024, description="Most sequences in one batch.")
     max_waiting: int = Field(256, ge=16, le=65536, description="Sequences that may wait; more are refused.")
     # A cancel waits for the step that runs. 128 tokens are as fast for each token as 512, and take 0.2 s on two cores.

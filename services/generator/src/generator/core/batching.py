@@ -181,6 +181,8 @@ class BatchingEngine:
                 prompt_tokens_total=self._prompt_tokens_total,
                 completion_tokens_total=self._completion_tokens_total,
                 preemptions_total=scheduler.num_preemptions,
+                cache_query_tokens_total=scheduler.num_looked_up,
+                cache_hit_tokens_total=scheduler.num_found,
             )
 
     def drain(self) -> None:
@@ -285,19 +287,21 @@ class BatchingEngine:
         active = self._requests.get(sequence)
         if active is None:  # its request failed with another of its sequences, in this very step
             return
-        sequence.num_computed = work.end + max(0, len(outcome.tokens) - 1)  # all but the last were drafts
+        sequence.num_computed = work.end
         sequence.prompt_logprobs.extend(outcome.prompt_logprobs)
         if not active.is_started and sequence.index == 0 and sequence.num_computed >= sequence.num_prompt:
             self._start(active)
         completion = active.completions[sequence.index]
         try:
-            for sampled in outcome.tokens:
+            for place, sampled in enumerate(outcome.tokens):
+                sequence.num_computed += place > 0  # the token before was a draft: its keys and values are there
                 self._add(active, sequence, completion, sampled)
                 if completion.reason is not None:  # what was sampled past a stop does not exist
                     break
         except PlatformError as error:
             self._fail(active, error)
             return
+        self._scheduler.seal(sequence)
         if sequence.max_new_tokens == 0 and sequence.num_computed == sequence.num_prompt:
             completion.end(FinishReason.LENGTH)
         if completion.reason is not None:

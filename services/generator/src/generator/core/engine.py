@@ -23,6 +23,8 @@ class EngineStats:
     prompt_tokens_total: int
     completion_tokens_total: int
     preemptions_total: int
+    cache_query_tokens_total: int = 0  # prompt tokens of admitted sequences
+    cache_hit_tokens_total: int = 0  # those of them that the prefix cache spared
 
 
 class AdapterHost(Protocol):
