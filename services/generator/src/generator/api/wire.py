@@ -160,7 +160,7 @@ def _read_grammar(message: pb.GenerateRequest) -> Grammar | None:
             return Grammar(kind, json.dumps(list(message.grammar.choice.options), ensure_ascii=False))
         case "tool_calls":
             asked = message.grammar.tool_calls
-            return tool_grammar(asked.tools_json, asked.is_required, asked.is_parallel)
+            return tool_grammar(asked.tools_json, asked.is_required, asked.is_parallel, asked.json_schema)
     return Grammar(kind, getattr(message.grammar, kind))
 
 

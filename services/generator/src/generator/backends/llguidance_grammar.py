@@ -21,10 +21,9 @@ from chassis.errors import Code, PlatformError
 from generator.backends import grammar_trial
 from generator.backends.grammar_trial import TrialFailed, TrialProcess
 from generator.core import tool_calls
-from generator.core.grammar import Grammar
+from generator.core.grammar import MAX_SOURCE_CHARS, Grammar
 from generator.core.requests import ModelSpec
 
-MAX_SOURCE_BYTES = 128 * 1024
 MAX_MESSAGE_CHARS = 300
 # JSON between tokens of its own: a space, or a new line with its indentation. More would let a weak model write
 # whitespace until its tokens run out.
@@ -87,9 +86,10 @@ class LlguidanceCompiler:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
-        size_bytes = len(grammar.source.encode())
-        if size_bytes > MAX_SOURCE_BYTES:
-            raise refusal(f"it has {size_bytes} bytes, of at most {MAX_SOURCE_BYTES}", "grammar", "grammar_too_complex")
+        num_chars = len(grammar.source)
+        if num_chars > MAX_SOURCE_CHARS:
+            message = f"it has {num_chars} characters, of at most {MAX_SOURCE_CHARS}"
+            raise refusal(message, "grammar", "grammar_too_complex")
         compiled = self._compile(grammar, time.monotonic() + self._timeout_s)
         with self._lock:
             self._cache[key] = compiled
@@ -118,14 +118,13 @@ class LlguidanceCompiler:
         if not error:
             return passed
         param = "grammar"
-        if grammar.kind == tool_calls.KIND:
-            param = "tools"
-            tools = tool_calls.read_tools(json.dumps(json.loads(grammar.source)["tools"]))
-            for place, tool in enumerate(tools):
-                alone = _from_schema(dict(tool.parameters), is_lenient=not tool.is_strict)
-                tool_error, _ = self._try(worker, alone, False, self._timeout_s / len(tools))
-                if tool_error:
-                    error, param = tool_error, tool_calls.schema_param(place)
+        if grammar.kind == tool_calls.KIND:  # which of its schemas is it?
+            param, schemas = "tools", tool_calls.schemas_of(grammar)
+            for name, schema, is_strict in schemas:
+                alone = _from_schema(dict(schema), is_lenient=not is_strict)
+                alone_error, _ = self._try(worker, alone, False, self._timeout_s / len(schemas))
+                if alone_error:
+                    error, param = alone_error, name
                     break
         raise refusal(error, param, "invalid_grammar")
 

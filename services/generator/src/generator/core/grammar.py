@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_SOURCE_CHARS = 128 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Grammar:

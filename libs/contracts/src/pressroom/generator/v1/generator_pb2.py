@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from pressroom.common.v1 import common_pb2 as pressroom_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&pressroom/generator/v1/generator.proto\x12\x16pressroom.generator.v1\x1a pressroom/common/v1/common.proto\"\x82\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x32\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1d.pressroom.common.v1.TokenIdsH\x00\x12\x32\n\x04\x63hat\x18\x04 \x01(\x0b\x32\".pressroom.generator.v1.ChatPromptH\x00\x12\x38\n\x08sampling\x18\x05 \x01(\x0b\x32&.pressroom.generator.v1.SamplingParams\x12\x30\n\x04stop\x18\x06 \x01(\x0b\x32\".pressroom.generator.v1.StopParams\x12\t\n\x01n\x18\x07 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x30\n\x07grammar\x18\x0b \x01(\x0b\x32\x1f.pressroom.generator.v1.Grammar\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\r \x01(\rH\x02\x88\x01\x01\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\x0e \x01(\x03\x12\x10\n\x08priority\x18\x0f \x01(\x05\x42\x08\n\x06promptB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"W\n\nChatPrompt\x12\x35\n\x08messages\x18\x01 \x03(\x0b\x32#.pressroom.generator.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\"[\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x17\n\x0ftool_calls_json\x18\x03 \x01(\t\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\"\xfc\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x02\x88\x01\x01\x12I\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x35.pressroom.generator.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\x82\x01\n\nStopParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokens\"\xcb\x01\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x30\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x1e.pressroom.generator.v1.ChoiceH\x00\x12\x0e\n\x04\x65\x62nf\x18\x05 \x01(\tH\x00\x12\x37\n\ntool_calls\x18\x06 \x01(\x0b\x32!.pressroom.generator.v1.ToolCallsH\x00\x42\x06\n\x04kind\"I\n\tToolCalls\x12\x12\n\ntools_json\x18\x01 \x01(\t\x12\x13\n\x0bis_required\x18\x02 \x01(\x08\x12\x13\n\x0bis_parallel\x18\x03 \x01(\x08\"\x19\n\x06\x43hoice\x12\x0f\n\x07options\x18\x01 \x03(\t\"\xe3\x01\n\x10GenerateResponse\x12\x32\n\x07started\x18\x01 \x01(\x0b\x32\x1f.pressroom.generator.v1.StartedH\x00\x12.\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.pressroom.generator.v1.DeltaH\x00\x12\x34\n\x08\x66inished\x18\x03 \x01(\x0b\x32 .pressroom.generator.v1.FinishedH\x00\x12,\n\x04\x64one\x18\x04 \x01(\x0b\x32\x1c.pressroom.generator.v1.DoneH\x00\x42\x07\n\x05\x65vent\"v\n\x07Started\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12=\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32$.pressroom.generator.v1.TokenLogprob\"o\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x36\n\x08logprobs\x18\x04 \x03(\x0b\x32$.pressroom.generator.v1.TokenLogprob\"\x85\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x04 \x01(\x0c\x12/\n\x03top\x18\x05 \x03(\x0b\x32\".pressroom.generator.v1.TopLogprob\"R\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x04 \x01(\x0c\"c\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12\x34\n\x06reason\x18\x02 \x01(\x0e\x32$.pressroom.generator.v1.FinishReason\x12\x12\n\nstop_match\x18\x03 \x01(\t\"g\n\x04\x44one\x12)\n\x05usage\x18\x01 \x01(\x0b\x32\x1a.pressroom.common.v1.Usage\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x04 \x01(\x01\"n\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x03 \x01(\x0b\x32\".pressroom.generator.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"=\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\"I\n\x12ListModelsResponse\x12\x33\n\x06models\x18\x01 \x03(\x0b\x32#.pressroom.generator.v1.ServedModel\"~\n\x0bServedModel\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x14\n\x0c\x63\x61pabilities\x18\x05 \x03(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x06 \x01(\x03\"L\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\x03 \x01(\t\"I\n\x13LoadAdapterResponse\x12\x32\n\x05model\x18\x01 \x01(\x0b\x32#.pressroom.generator.v1.ServedModel\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"\x11\n\x0fGetStatsRequest\"\xcc\x01\n\x10GetStatsResponse\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x03 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x1b\n\x13prompt_tokens_total\x18\x05 \x01(\x04\x12\x1f\n\x17\x63ompletion_tokens_total\x18\x06 \x01(\x04\x12\x19\n\x11preemptions_total\x18\x07 \x01(\x04*\x98\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x32\xec\x04\n\x10GeneratorService\x12_\n\x08Generate\x12\'.pressroom.generator.v1.GenerateRequest\x1a(.pressroom.generator.v1.GenerateResponse0\x01\x12]\n\x08Tokenize\x12\'.pressroom.generator.v1.TokenizeRequest\x1a(.pressroom.generator.v1.TokenizeResponse\x12\x63\n\nListModels\x12).pressroom.generator.v1.ListModelsRequest\x1a*.pressroom.generator.v1.ListModelsResponse\x12\x66\n\x0bLoadAdapter\x12*.pressroom.generator.v1.LoadAdapterRequest\x1a+.pressroom.generator.v1.LoadAdapterResponse\x12l\n\rUnloadAdapter\x12,.pressroom.generator.v1.UnloadAdapterRequest\x1a-.pressroom.generator.v1.UnloadAdapterResponse\x12]\n\x08GetStats\x12\'.pressroom.generator.v1.GetStatsRequest\x1a(.pressroom.generator.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&pressroom/generator/v1/generator.proto\x12\x16pressroom.generator.v1\x1a pressroom/common/v1/common.proto\"\x82\x04\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x32\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1d.pressroom.common.v1.TokenIdsH\x00\x12\x32\n\x04\x63hat\x18\x04 \x01(\x0b\x32\".pressroom.generator.v1.ChatPromptH\x00\x12\x38\n\x08sampling\x18\x05 \x01(\x0b\x32&.pressroom.generator.v1.SamplingParams\x12\x30\n\x04stop\x18\x06 \x01(\x0b\x32\".pressroom.generator.v1.StopParams\x12\t\n\x01n\x18\x07 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\x12\x12\n\ncache_salt\x18\t \x01(\t\x12\x0e\n\x06tenant\x18\n \x01(\t\x12\x30\n\x07grammar\x18\x0b \x01(\x0b\x32\x1f.pressroom.generator.v1.Grammar\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\r \x01(\rH\x02\x88\x01\x01\x12\x18\n\x10\x64\x65\x61\x64line_unix_ms\x18\x0e \x01(\x03\x12\x10\n\x08priority\x18\x0f \x01(\x05\x42\x08\n\x06promptB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"W\n\nChatPrompt\x12\x35\n\x08messages\x18\x01 \x03(\x0b\x32#.pressroom.generator.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\"[\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x17\n\x0ftool_calls_json\x18\x03 \x01(\t\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\"\xfc\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x02H\x02\x88\x01\x01\x12I\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x35.pressroom.generator.v1.SamplingParams.LogitBiasEntry\x12\x11\n\x04seed\x18\t \x01(\x04H\x03\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seed\"\x82\x01\n\nStopParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x0c\n\x04stop\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x12\n\nignore_eos\x18\x05 \x01(\x08\x42\r\n\x0b_max_tokens\"\xcb\x01\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x30\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x1e.pressroom.generator.v1.ChoiceH\x00\x12\x0e\n\x04\x65\x62nf\x18\x05 \x01(\tH\x00\x12\x37\n\ntool_calls\x18\x06 \x01(\x0b\x32!.pressroom.generator.v1.ToolCallsH\x00\x42\x06\n\x04kind\"^\n\tToolCalls\x12\x12\n\ntools_json\x18\x01 \x01(\t\x12\x13\n\x0bis_required\x18\x02 \x01(\x08\x12\x13\n\x0bis_parallel\x18\x03 \x01(\x08\x12\x13\n\x0bjson_schema\x18\x04 \x01(\t\"\x19\n\x06\x43hoice\x12\x0f\n\x07options\x18\x01 \x03(\t\"\xe3\x01\n\x10GenerateResponse\x12\x32\n\x07started\x18\x01 \x01(\x0b\x32\x1f.pressroom.generator.v1.StartedH\x00\x12.\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x1d.pressroom.generator.v1.DeltaH\x00\x12\x34\n\x08\x66inished\x18\x03 \x01(\x0b\x32 .pressroom.generator.v1.FinishedH\x00\x12,\n\x04\x64one\x18\x04 \x01(\x0b\x32\x1c.pressroom.generator.v1.DoneH\x00\x42\x07\n\x05\x65vent\"v\n\x07Started\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rmodel_version\x18\x02 \x01(\t\x12=\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32$.pressroom.generator.v1.TokenLogprob\"o\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x36\n\x08logprobs\x18\x04 \x03(\x0b\x32$.pressroom.generator.v1.TokenLogprob\"\x85\x01\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x04 \x01(\x0c\x12/\n\x03top\x18\x05 \x03(\x0b\x32\".pressroom.generator.v1.TopLogprob\"R\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x04 \x01(\x0c\"c\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12\x34\n\x06reason\x18\x02 \x01(\x0e\x32$.pressroom.generator.v1.FinishReason\x12\x12\n\nstop_match\x18\x03 \x01(\t\"g\n\x04\x44one\x12)\n\x05usage\x18\x01 \x01(\x0b\x32\x1a.pressroom.common.v1.Usage\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x04 \x01(\x01\"n\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x03 \x01(\x0b\x32\".pressroom.generator.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"=\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\"\x13\n\x11ListModelsRequest\"I\n\x12ListModelsResponse\x12\x33\n\x06models\x18\x01 \x03(\x0b\x32#.pressroom.generator.v1.ServedModel\"~\n\x0bServedModel\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\x14\n\x0c\x63\x61pabilities\x18\x05 \x03(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x06 \x01(\x03\"L\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x17\n\x0fmanifest_sha256\x18\x03 \x01(\t\"I\n\x13LoadAdapterResponse\x12\x32\n\x05model\x18\x01 \x01(\x0b\x32#.pressroom.generator.v1.ServedModel\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"\x11\n\x0fGetStatsRequest\"\xcc\x01\n\x10GetStatsResponse\x12\x19\n\x11running_sequences\x18\x01 \x01(\r\x12\x19\n\x11waiting_sequences\x18\x02 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x03 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x1b\n\x13prompt_tokens_total\x18\x05 \x01(\x04\x12\x1f\n\x17\x63ompletion_tokens_total\x18\x06 \x01(\x04\x12\x19\n\x11preemptions_total\x18\x07 \x01(\x04*\x98\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x32\xec\x04\n\x10GeneratorService\x12_\n\x08Generate\x12\'.pressroom.generator.v1.GenerateRequest\x1a(.pressroom.generator.v1.GenerateResponse0\x01\x12]\n\x08Tokenize\x12\'.pressroom.generator.v1.TokenizeRequest\x1a(.pressroom.generator.v1.TokenizeResponse\x12\x63\n\nListModels\x12).pressroom.generator.v1.ListModelsRequest\x1a*.pressroom.generator.v1.ListModelsResponse\x12\x66\n\x0bLoadAdapter\x12*.pressroom.generator.v1.LoadAdapterRequest\x1a+.pressroom.generator.v1.LoadAdapterResponse\x12l\n\rUnloadAdapter\x12,.pressroom.generator.v1.UnloadAdapterRequest\x1a-.pressroom.generator.v1.UnloadAdapterResponse\x12]\n\x08GetStats\x12\'.pressroom.generator.v1.GetStatsRequest\x1a(.pressroom.generator.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=3357
-  _globals['_FINISHREASON']._serialized_end=3509
+  _globals['_FINISHREASON']._serialized_start=3378
+  _globals['_FINISHREASON']._serialized_end=3530
   _globals['_GENERATEREQUEST']._serialized_start=101
   _globals['_GENERATEREQUEST']._serialized_end=615
   _globals['_CHATPROMPT']._serialized_start=617
@@ -51,45 +51,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GRAMMAR']._serialized_start=1316
   _globals['_GRAMMAR']._serialized_end=1519
   _globals['_TOOLCALLS']._serialized_start=1521
-  _globals['_TOOLCALLS']._serialized_end=1594
-  _globals['_CHOICE']._serialized_start=1596
-  _globals['_CHOICE']._serialized_end=1621
-  _globals['_GENERATERESPONSE']._serialized_start=1624
-  _globals['_GENERATERESPONSE']._serialized_end=1851
-  _globals['_STARTED']._serialized_start=1853
-  _globals['_STARTED']._serialized_end=1971
-  _globals['_DELTA']._serialized_start=1973
-  _globals['_DELTA']._serialized_end=2084
-  _globals['_TOKENLOGPROB']._serialized_start=2087
-  _globals['_TOKENLOGPROB']._serialized_end=2220
-  _globals['_TOPLOGPROB']._serialized_start=2222
-  _globals['_TOPLOGPROB']._serialized_end=2304
-  _globals['_FINISHED']._serialized_start=2306
-  _globals['_FINISHED']._serialized_end=2405
-  _globals['_DONE']._serialized_start=2407
-  _globals['_DONE']._serialized_end=2510
-  _globals['_TOKENIZEREQUEST']._serialized_start=2512
-  _globals['_TOKENIZEREQUEST']._serialized_end=2622
-  _globals['_TOKENIZERESPONSE']._serialized_start=2624
-  _globals['_TOKENIZERESPONSE']._serialized_end=2685
-  _globals['_LISTMODELSREQUEST']._serialized_start=2687
-  _globals['_LISTMODELSREQUEST']._serialized_end=2706
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2708
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2781
-  _globals['_SERVEDMODEL']._serialized_start=2783
-  _globals['_SERVEDMODEL']._serialized_end=2909
-  _globals['_LOADADAPTERREQUEST']._serialized_start=2911
-  _globals['_LOADADAPTERREQUEST']._serialized_end=2987
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=2989
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=3062
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=3064
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=3103
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=3105
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=3128
-  _globals['_GETSTATSREQUEST']._serialized_start=3130
-  _globals['_GETSTATSREQUEST']._serialized_end=3147
-  _globals['_GETSTATSRESPONSE']._serialized_start=3150
-  _globals['_GETSTATSRESPONSE']._serialized_end=3354
-  _globals['_GENERATORSERVICE']._serialized_start=3512
-  _globals['_GENERATORSERVICE']._serialized_end=4132
+  _globals['_TOOLCALLS']._serialized_end=1615
+  _globals['_CHOICE']._serialized_start=1617
+  _globals['_CHOICE']._serialized_end=1642
+  _globals['_GENERATERESPONSE']._serialized_start=1645
+  _globals['_GENERATERESPONSE']._serialized_end=1872
+  _globals['_STARTED']._serialized_start=1874
+  _globals['_STARTED']._serialized_end=1992
+  _globals['_DELTA']._serialized_start=1994
+  _globals['_DELTA']._serialized_end=2105
+  _globals['_TOKENLOGPROB']._serialized_start=2108
+  _globals['_TOKENLOGPROB']._serialized_end=2241
+  _globals['_TOPLOGPROB']._serialized_start=2243
+  _globals['_TOPLOGPROB']._serialized_end=2325
+  _globals['_FINISHED']._serialized_start=2327
+  _globals['_FINISHED']._serialized_end=2426
+  _globals['_DONE']._serialized_start=2428
+  _globals['_DONE']._serialized_end=2531
+  _globals['_TOKENIZEREQUEST']._serialized_start=2533
+  _globals['_TOKENIZEREQUEST']._serialized_end=2643
+  _globals['_TOKENIZERESPONSE']._serialized_start=2645
+  _globals['_TOKENIZERESPONSE']._serialized_end=2706
+  _globals['_LISTMODELSREQUEST']._serialized_start=2708
+  _globals['_LISTMODELSREQUEST']._serialized_end=2727
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2729
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2802
+  _globals['_SERVEDMODEL']._serialized_start=2804
+  _globals['_SERVEDMODEL']._serialized_end=2930
+  _globals['_LOADADAPTERREQUEST']._serialized_start=2932
+  _globals['_LOADADAPTERREQUEST']._serialized_end=3008
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=3010
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=3083
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=3085
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=3124
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=3126
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=3149
+  _globals['_GETSTATSREQUEST']._serialized_start=3151
+  _globals['_GETSTATSREQUEST']._serialized_end=3168
+  _globals['_GETSTATSRESPONSE']._serialized_start=3171
+  _globals['_GETSTATSRESPONSE']._serialized_end=3375
+  _globals['_GENERATORSERVICE']._serialized_start=3533
+  _globals['_GENERATORSERVICE']._serialized_end=4153
 # @@protoc_insertion_point(module_scope)

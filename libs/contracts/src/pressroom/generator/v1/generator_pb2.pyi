@@ -135,14 +135,16 @@ class Grammar(_message.Message):
     def __init__(self, json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[Choice, _Mapping]] = ..., ebnf: _Optional[str] = ..., tool_calls: _Optional[_Union[ToolCalls, _Mapping]] = ...) -> None: ...
 
 class ToolCalls(_message.Message):
-    __slots__ = ("tools_json", "is_required", "is_parallel")
+    __slots__ = ("tools_json", "is_required", "is_parallel", "json_schema")
     TOOLS_JSON_FIELD_NUMBER: _ClassVar[int]
     IS_REQUIRED_FIELD_NUMBER: _ClassVar[int]
     IS_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     tools_json: str
     is_required: bool
     is_parallel: bool
-    def __init__(self, tools_json: _Optional[str] = ..., is_required: _Optional[bool] = ..., is_parallel: _Optional[bool] = ...) -> None: ...
+    json_schema: str
+    def __init__(self, tools_json: _Optional[str] = ..., is_required: _Optional[bool] = ..., is_parallel: _Optional[bool] = ..., json_schema: _Optional[str] = ...) -> None: ...
 
 class Choice(_message.Message):
     __slots__ = ("options",)
