@@ -63,7 +63,7 @@ class TrialProcess:
             return answer
         except TimeoutError:
             self.stop()
-            raise TrialFailed(f"it takes longer than {timeout_s:g} s to compile") from None
+            raise TrialFailed(f"it takes longer than {timeout_s:.1f} s to compile") from None
         except (EOFError, OSError, ValueError):
             status = self.stop(_CRASH_WAIT_S)
             log.info("a grammar ended its trial's process", extra={"exit_status": status})

@@ -92,7 +92,8 @@ def to_lark(grammar: Grammar, json_options: Mapping[str, object]) -> str:
     lines.append(f'call: "{BEGIN}\\n" body "\\n{END}"')
     lines.append("body: " + " | ".join(f"body_{place}" for place in range(len(tools))))
     for place, tool in enumerate(tools):
-        options = {**json_options, "lenient": not tool.is_strict}
+        # As little white space as in the prompt: arguments are for programs.
+        options = {**json_options, "whitespace_pattern": " ", "lenient": not tool.is_strict}
         parameters = json.dumps({**tool.parameters, "x-guidance": options})
         head = json.dumps(f'{{"name": "{tool.name}", "arguments": ')
         lines.append(f'body_{place}: {head} arguments_{place} "}}"')
