@@ -108,7 +108,7 @@ async def test_a_stream_tells_name_first_and_arguments_in_pieces(world: Any) -> 
 
 async def test_a_call_that_max_tokens_cuts_ends_with_length(world: Any) -> None:
     world.generator.script = CALL
-    choice = (await post(world, tools=[WEATHER], max_tokens=22)).json()["choices"][0]
+    choice = (await post(world, tools=[WEATHER], max_tokens=19)).json()["choices"][0]
     assert choice["finish_reason"] == "length"
     arguments = choice["message"]["tool_calls"][0]["function"]["arguments"]
     assert ARGUMENTS.startswith(arguments) and arguments != ARGUMENTS
@@ -186,6 +186,10 @@ async def test_turns_with_calls_and_their_answers_reach_the_generator(world: Any
     assert (answered.role, answered.content, answered.tool_call_id) == ("tool", "noon", "c1")
 
 
+def schema_format(**fields: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": fields}}
+
+
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
@@ -194,17 +198,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
     [
         (CHAT, {"response_format": {"type": "text"}}, None, None),
         (CHAT, {"response_format": {"type": "json_object"}}, "json_object", None),
-        (
-            CHAT,
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "a", "strict": True, "schema": SCHEMA},
-                }
-            },
-            "json_schema",
-            SCHEMA,
-        ),
+        (CHAT, schema_format(name="a", strict=True, schema=SCHEMA), "json_schema", SCHEMA),
         (CHAT, {"guided_json": SCHEMA}, "json_schema", SCHEMA),
         (CHAT, {"guided_json": json.dumps(SCHEMA)}, "json_schema", SCHEMA),
         (CHAT, {"guided_choice": ["a", "b"]}, "choice", ["a", "b"]),
@@ -237,10 +231,11 @@ async def test_a_form_beside_tools_holds_for_the_text(world: Any) -> None:
 
 UNKNOWN = {"type": "function", "function": {"name": "rain"}}
 TURN = {"role": "user", "content": "x"}
-ASKED = {
-    "role": "assistant",
-    "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}],
-}
+CALLED = {"id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}
+ASKED = {"role": "assistant", "tool_calls": [CALLED]}
+UNTYPED = {"role": "assistant", "tool_calls": [{"id": "c"}]}
+BAD_SCHEMA = {"type": "function", "function": {"name": "a", "parameters": 3}}
+FORMAT = "response_format.json_schema"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +244,7 @@ ASKED = {
         ({"tools": []}, 400, "tools"),
         ({"tools": [{"type": "retrieval"}]}, 400, "tools[0].type"),
         ({"tools": [NOW, {"type": "function", "function": {"name": "a b"}}]}, 400, "tools[1].function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": 3}}]}, 400, "tools[0].function.parameters"),
+        ({"tools": [BAD_SCHEMA]}, 400, "tools[0].function.parameters"),
         ({"tools": [NOW], "tool_choice": "always"}, 400, "tool_choice"),
         ({"tools": [NOW], "tool_choice": UNKNOWN}, 400, "tool_choice"),
         ({"tool_choice": "required"}, 400, "tool_choice"),
@@ -259,16 +254,16 @@ ASKED = {
         ({"messages": [TURN, {"role": "tool", "content": "x", "tool_call_id": "c"}]}, 400, "messages"),
         ({"messages": [TURN, ASKED]}, 400, "messages"),
         ({"messages": [TURN, ASKED, TURN]}, 400, "messages"),
-        ({"messages": [TURN, {"role": "assistant", "tool_calls": [{"id": "c"}]}]}, 400, "messages[1].tool_calls[0].type"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, 400, "response_format.json_schema.name"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}}, 400, "response_format.json_schema.name"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": 1}}}, 400, "response_format.json_schema.schema"),
+        ({"messages": [TURN, UNTYPED]}, 400, "messages[1].tool_calls[0].type"),
+        (schema_format(schema={}), 400, f"{FORMAT}.name"),
+        (schema_format(name="a b", schema={}), 400, f"{FORMAT}.name"),
+        (schema_format(name="a", schema=1), 400, f"{FORMAT}.schema"),
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, 400, "guided_regex"),
         ({"guided_choice": []}, 400, "guided_choice"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, 400, "structured_outputs.choice"),
         ({"tools": [NOW], "guided_regex": "a"}, 501, "guided_regex"),
     ],
-)  # fmt: skip
+)
 async def test_what_cannot_be_is_refused_by_name(world: Any, fields: dict[str, Any], status: int, param: str) -> None:
     world.generator.script = "x"
     response = await post(world, **fields)
