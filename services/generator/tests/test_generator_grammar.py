@@ -275,6 +275,9 @@ class _Stuck:
         self.go.wait(30)
         raise PlatformError(Code.INVALID_ARGUMENT, "no")
 
+    def close(self) -> None:
+        self.go.set()
+
 
 async def test_the_desk_refuses_what_would_wait_too_long() -> None:
     compiler = _Stuck()
@@ -284,7 +287,7 @@ async def test_the_desk_refuses_what_would_wait_too_long() -> None:
     compiler.go.set()
     with pytest.raises(PlatformError, match="no"):
         await GrammarDesk(compiler, timeout_s=30, num_threads=1).compile(Grammar("regex", "a"))
-    desk.close()
+    await desk.close()
 
 
 # The engine.

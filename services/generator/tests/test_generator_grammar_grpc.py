@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 from pressroom.generator.v1 import generator_pb2 as pb
@@ -28,21 +28,15 @@ NO_LIST = TOOLS.replace('"object"', '"list"')
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
 
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[LlguidanceCompiler]:
-    compiler = LlguidanceCompiler(byte_tokenizer(), timeout_s=10.0, max_cached=8, num_workers=1)
-    yield compiler
-    compiler.close()
-
-
 @pytest.fixture
-async def stub(compiler: LlguidanceCompiler) -> AsyncIterator[Stub]:
+async def stub() -> AsyncIterator[Stub]:
+    compiler = LlguidanceCompiler(byte_tokenizer(), timeout_s=10.0, max_cached=8, num_workers=1)
     blocks = BlockManager(2000, 4)
     engine = BatchingEngine(ToyRunner(2000, 4, 4096), ByteTokenizer(), blocks, SchedulerLimits(), grammars=compiler)
     engine.start()
     desk = GrammarDesk(compiler, timeout_s=20.0, num_threads=1)
     server = rpc.make_server("generator")
-    servicer = GeneratorServicer(engine, AdapterLibrary(engine, None), ByteTokenizer(), desk)
+    servicer = GeneratorServicer(engine, AdapterLibrary(engine, None), ByteTokenizer(), grammars=desk)
     generator_pb2_grpc.add_GeneratorServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -50,7 +44,7 @@ async def stub(compiler: LlguidanceCompiler) -> AsyncIterator[Stub]:
         yield Stub(channel)
     await server.stop(0)
     await engine.close()
-    desk.close()
+    await desk.close()
 
 
 async def _generate(stub: Stub, grammar: pb.Grammar, **fields: object) -> tuple[str, int, int]:

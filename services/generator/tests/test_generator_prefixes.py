@@ -230,7 +230,7 @@ async def test_a_second_request_finds_the_first_ones_prefix_and_says_the_same(en
     longer = await collect(engine, ask((*LONG, *first.tokens[0]), 4))  # a turn more: what was sampled is there too
     assert longer.summary is not None and longer.summary.num_cached == 116
     stats = engine.stats()
-    assert (stats.cache_query_tokens_total, stats.cache_hit_tokens_total) == (101 + 101 + 117, 216)
+    assert (stats.prefix_query_tokens_total, stats.prefix_hit_tokens_total) == (101 + 101 + 117, 216)
     assert stats.blocks_used == 0
 
 
@@ -271,7 +271,7 @@ async def test_many_completions_of_one_prompt_equal_each_alone(engine: BatchingE
     hot = SamplingParams(temperature=1.2, seed=5)
     four = await collect(engine, ask(LONG, 10, n=4, sampling=hot))
     assert four.summary is not None and four.summary.num_cached == 0
-    assert engine.stats().cache_hit_tokens_total == 300
+    assert engine.stats().prefix_hit_tokens_total == 300
     cold = make_engine()
     again = await collect(cold, ask(LONG, 10, n=2, sampling=hot))
     assert again.tokens == {index: four.tokens[index] for index in (0, 1)}

@@ -10,7 +10,7 @@ _MAX_IN_FLIGHT = 64
 
 
 class GrammarDesk:
-    """A compiler behind a bounded queue. Close it when the servers have stopped."""
+    """A compiler behind a bounded queue, which it closes too. Close it when the servers have stopped."""
 
     def __init__(self, compiler: GrammarCompiler, *, timeout_s: float, num_threads: int) -> None:
         """`timeout_s` is the longest time that a request waits, for those before it and for its own grammar."""
@@ -32,9 +32,10 @@ class GrammarDesk:
         finally:
             self._num_in_flight -= 1
 
-    def close(self) -> None:
-        """Waits for what is being compiled; blocks for no longer than the compiler's own budget."""
-        self._threads.shutdown(cancel_futures=True)
+    async def close(self) -> None:
+        """Waits for what is being compiled: no longer than the compiler's own budget."""
+        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+        await asyncio.to_thread(self._compiler.close)
 
 
 def _busy() -> PlatformError:

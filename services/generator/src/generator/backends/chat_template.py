@@ -1,33 +1,28 @@
 """Renders a chat with the template that came with a model, in jinja2's sandbox and with nothing else in reach.
 
-The environment offers what transformers offers to templates, so that a model's template means the same here. Tools are
-rendered by a template that writes calls in our form (core.tool_calls), and by tool_prompt for every other one.
+The sandbox is the model store's: what was probed when a model was added is what runs here. Tools are rendered by a
+template that writes calls in our form (core.tool_calls), and by tool_prompt for every other one.
 """
 
 import contextlib
 import json
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from chassis.errors import Code, PlatformError
 from generator.backends.tool_prompt import with_tools
 from generator.core import tool_calls
 from generator.core.text import ChatMessage
+from modelstore.chat_sandbox import make_environment
 
 
 class ChatTemplate:
     """A compiled template. Raises PlatformError(DATA_LOSS) when the model's file is no template."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment = make_environment()
         self._special_tokens = special_tokens
         self._knows_tools = "tools" in source and tool_calls.BEGIN in source
         try:
@@ -101,18 +96,3 @@ def _load_list(param: str, text: str) -> list[Any]:
     if not isinstance(value, list):
         raise PlatformError(Code.INVALID_ARGUMENT, f"{param} must be a JSON list", param=param)
     return value
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """jinja2's own filter escapes HTML, which models never saw in training."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

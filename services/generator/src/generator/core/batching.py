@@ -74,18 +74,21 @@ class BatchingEngine:
         self._clock = clock
         self._stopwatch = stopwatch
         self._scheduler = Scheduler(blocks, limits)
+        self._speculates = limits.max_drafts > 0
         self._adapters = AdapterTable(adapter_limits)
         self._requests: dict[Sequence, Active] = {}  # one entry for each unfinished sequence
         self._num_arrived = 0
         self._prompt_tokens_total = 0
         self._completion_tokens_total = 0
+        self._draft_tokens_total = 0
+        self._accepted_tokens_total = 0
         self._draining = False
         self._closing = False
         self._failure: BaseException | None = None
         self._work = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ended = asyncio.Event()
-        self._outbox = Outbox()
+        self._outbox = Outbox(self._adapters.tell_unused)
 
     # The event loop's side.
 
@@ -110,7 +113,14 @@ class BatchingEngine:
 
     def _submit(self, request: GenerationRequest, on_settled: OnSettled, adapter: LoadedAdapter | None) -> TokenStream:
         active = make_active(
-            request, self.model, self._vocabulary, adapter, self._cancel_active, on_settled, self._clock()
+            request,
+            self.model,
+            self._vocabulary,
+            adapter,
+            self._cancel_active,
+            on_settled,
+            self._clock(),
+            self._speculates,
         )
         with self._work:
             if self._draining or self._failure is not None:
@@ -139,22 +149,32 @@ class BatchingEngine:
         with self._work:
             return self._adapters.specs()
 
-    async def load_adapter(self, files: AdapterFiles) -> AdapterSpec:
+    async def load_adapter(self, files: AdapterFiles, *, may_evict: bool = True) -> AdapterSpec:
         """See AdapterHost.load_adapter. Weights are read on a thread and swapped in between two steps."""
         spec = files.spec
         with self._work:
             loaded = self._adapters.get(spec.id)
             if loaded is not None and loaded.spec.manifest_sha256 == spec.manifest_sha256:
                 return loaded.spec
-            self._adapters.check_room(spec.id)
+            self._adapters.check_room(spec.id, may_evict=may_evict)
         adapter = LoadedAdapter(spec, await asyncio.to_thread(self._runner.read_adapter, files))
         with self._work:
-            self._adapters.check_room(spec.id, adapter.weights.size_bytes)
-        # Under no id yet: a client can have the adapter only when its probe was answered.
-        await probe.read_probe(spec, self._submit(probe.probe_request(spec, self.model), lambda _: None, adapter))
-        with self._work:
-            self._adapters.put(adapter)
+            evicted = self._adapters.enter(adapter, may_evict=may_evict)
+        for gone in evicted:
+            log.info("adapter evicted", extra={"adapter": gone.id, "version": gone.version, "for": spec.id})
+        try:
+            # Under no id yet: a client can have the adapter only when its probe was answered.
+            await probe.read_probe(spec, self._submit(probe.probe_request(spec, self.model), lambda _: None, adapter))
+            with self._work:
+                self._adapters.put(adapter)
+        finally:
+            with self._work:
+                self._adapters.drop(adapter)
         return spec
+
+    async def adapter_freed(self) -> None:
+        """See AdapterHost.adapter_freed."""
+        await self._adapters.freed()
 
     async def unload_adapter(self, adapter_id: str) -> None:
         """See AdapterHost.unload_adapter."""
@@ -181,8 +201,13 @@ class BatchingEngine:
                 prompt_tokens_total=self._prompt_tokens_total,
                 completion_tokens_total=self._completion_tokens_total,
                 preemptions_total=scheduler.num_preemptions,
-                cache_query_tokens_total=scheduler.num_looked_up,
-                cache_hit_tokens_total=scheduler.num_found,
+                prefix_query_tokens_total=scheduler.num_looked_up,
+                prefix_hit_tokens_total=scheduler.num_found,
+                loaded_adapters=len(self._adapters),
+                adapter_bytes=self._adapters.size_bytes,
+                adapter_evictions_total=self._adapters.num_evicted,
+                draft_tokens_total=self._draft_tokens_total,
+                accepted_tokens_total=self._accepted_tokens_total,
             )
 
     def drain(self) -> None:
@@ -249,7 +274,10 @@ class BatchingEngine:
         else:
             execute_s = self._stopwatch() - started_s
             done = report(step, outcomes, schedule_s, execute_s, self._runner.step_times)
+            self._scheduler.pacer.note(done)
             with self._work:
+                self._draft_tokens_total += done.num_drafts
+                self._accepted_tokens_total += done.num_accepted
                 for work, outcome in zip(step, outcomes, strict=True):
                     self._take(work, outcome)
             self._on_step(done)
@@ -292,6 +320,8 @@ class BatchingEngine:
         if not active.is_started and sequence.index == 0 and sequence.num_computed >= sequence.num_prompt:
             self._start(active)
         completion = active.completions[sequence.index]
+        if work.drafts and sequence.lookup is not None:
+            sequence.lookup.note(len(outcome.tokens) - 1)
         try:
             for place, sampled in enumerate(outcome.tokens):
                 sequence.num_computed += place > 0  # the token before was a draft: its keys and values are there

@@ -59,3 +59,7 @@ class GrammarCompiler(Protocol):
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Raises PlatformError(INVALID_ARGUMENT) for what cannot be compiled, or not within the budget."""
         ...
+
+    def close(self) -> None:
+        """Frees what it holds; nothing may be compiled any more."""
+        ...
