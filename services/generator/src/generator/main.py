@@ -37,6 +37,8 @@ def main() -> int:
         app.on_close(engine.close)
         app.spawn("engine", engine.watch())
         app.ready_when("engine", chosen.is_ready)
+        if chosen.grammars is not None:
+            app.on_close(chosen.grammars.close)
         library = AdapterLibrary(engine, _store(settings, engine.model), accounting.count_adapter_load)
 
         async def drain() -> None:
@@ -48,7 +50,7 @@ def main() -> int:
         await library.load_all()  # before the ports open: a restart must not make a tuned model unknown for a while
         app.add_grpc(
             generator_pb2_grpc.add_GeneratorServiceServicer_to_server,
-            GeneratorServicer(engine, library, chosen.tokenizer, meter),
+            GeneratorServicer(engine, library, chosen.tokenizer, meter, chosen.grammars),
             "pressroom.generator.v1.GeneratorService",
         )
         streams = [StreamSpec(s.name, s.subjects, s.retention, s.max_age_s, s.max_bytes) for s in subjects.STREAMS]
