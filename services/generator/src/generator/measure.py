@@ -88,18 +88,24 @@ def load(folder: Path, engine: str, weights: str, num_threads: int) -> tuple[Any
     }
     max_model_len, kv_cache_bytes = _PIECE_TOKENS + _DECODE_TOKENS, 256 * 1024 * 1024
     if engine == "torch":
-        from generator.backends import torch_runner
-        from generator.backends.torch_runner.runner import RunnerOptions
+        from generator.backends.torch_runner import RunnerOptions, make_runner
 
         dtype: Any = weights if weights in ("bf16", "fp32") else "auto"
-        runner: Any = torch_runner.make_runner(
+        runner: Any = make_runner(
             folder, RunnerOptions(max_model_len, kv_cache_bytes, 16, num_threads, dtype), **named
         )
     else:
         from generator.backends import native_runner
 
         form: Any = weights if weights in ("int4", "int8") else "auto"
-        options = native_runner.RunnerOptions(max_model_len, kv_cache_bytes, num_threads, _STEP_TOKENS, 8, form)
+        options = native_runner.RunnerOptions(
+            max_model_len=max_model_len,
+            kv_cache_bytes=kv_cache_bytes,
+            num_threads=num_threads,
+            max_step_tokens=_STEP_TOKENS,
+            max_sequences=8,
+            weights=form,
+        )
         runner = native_runner.make_runner(folder, options, **named)
     runner.warm_up()
     return runner, runner.dtype_name

@@ -51,11 +51,12 @@ class ToyAdapter:
 class ToyRunner:
     """A deterministic model over bytes."""
 
-    def __init__(self, num_blocks: int, block_size: int, context_length: int) -> None:
-        self._block_size = block_size
+    def __init__(self, num_blocks: int, block_size: int, context_length: int, model_id: str = "toy") -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
         self._slots = np.full(num_blocks * block_size, -1, dtype=np.int64)
         self._model = ModelSpec(
-            id="toy",
+            id=model_id,
             version="0" * 12,
             vocab_size=VOCAB_SIZE,
             context_length=context_length,
@@ -118,7 +119,7 @@ class ToyRunner:
     def _slot_ids(self, sequence: Sequence, start: int, end: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         positions = np.arange(start, end)
         table = np.asarray(sequence.table, dtype=np.int64)
-        return table[positions // self._block_size] * self._block_size + positions % self._block_size
+        return table[positions // self.block_size] * self.block_size + positions % self.block_size
 
 
 def _salt(sequence: Sequence) -> int:
