@@ -71,7 +71,7 @@ class VllmEngine:
         self._totals = Totals()
         self._chores: set[asyncio.Task[None]] = set()
         self._draining = False
-        self._closed = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
 
     @property
     def model(self) -> ModelSpec:
@@ -143,8 +143,9 @@ class VllmEngine:
     async def close(self) -> None:
         """Cancels what is left; vLLM stops computing it."""
         self._draining = True
-        self._closed.set()
-        tasks = list(self._tasks.values())
+        tasks = [*self._tasks.values(), *self._chores]
+        if self._looking is not None:
+            tasks.append(self._looking)
         for task in tasks:
             task.cancel()
         if tasks:
@@ -193,13 +194,14 @@ class VllmEngine:
             return loaded.spec
         self._adapters.check_room(spec.id, len(files.tensors))
         adapter = LoadedAdapter(spec, await self._folder.load(files))
+        self._adapters.acquire(adapter)  # or it would be forgotten when its probe, its only user so far, has ended
         try:
             await probe.read_probe(spec, self._submit(probe.probe_request(spec, self._model), lambda _: None, adapter))
             self._adapters.put(adapter)
-        except BaseException:
-            await self._folder.unload(_weights(adapter))
-            raise
-        if loaded is not None and not loaded.num_users:
+        finally:
+            self._adapters.release(adapter)
+            self._forget(adapter)
+        if loaded is not None:
             self._forget(loaded)
         return spec
 
@@ -214,8 +216,8 @@ class VllmEngine:
         await self._folder.unload(_weights(adapter))
 
     def _forget(self, adapter: LoadedAdapter) -> None:
-        """Has vLLM forget weights that nobody uses any more, unless new requests take them."""
-        if self._folder is None or self._adapters.get(adapter.spec.id) is adapter:
+        """Has vLLM forget weights that nobody uses and no new request will."""
+        if self._folder is None or adapter.num_users or self._adapters.get(adapter.spec.id) is adapter:
             return
         chore = asyncio.get_running_loop().create_task(self._folder.unload(_weights(adapter)))
         self._chores.add(chore)
@@ -230,7 +232,13 @@ class VllmEngine:
 
     async def watch(self) -> None:
         """Looks after vLLM until the engine is closed."""
-        await self._lookout.run(self._closed, self._options.look_s)
+        self._looking = asyncio.get_running_loop().create_task(self._lookout.run(self._options.look_s))
+        try:
+            await asyncio.wait({self._looking})
+        finally:
+            self._looking.cancel()
+        if not self._looking.cancelled():
+            self._looking.result()
 
     async def _meet(self, served: ServedModel, models: list[ServedModel]) -> None:
         """Takes over what a vLLM that has just come serves, and gives it the adapters that it lacks."""

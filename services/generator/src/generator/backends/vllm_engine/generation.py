@@ -76,14 +76,16 @@ class Generation:
         body = wire.completion_body(self._model_name, sequence, self._model)
         num_counted: int | None = None
         num_sent = 0
+        has_ended = False  # on vLLM's side
         async with contextlib.aclosing(self._client.stream(body)) as messages:
             async for message in messages:
                 chunk = wire.read_chunk(message, self._active.request)
                 num_counted = num_counted if chunk.num_completion is None else chunk.num_completion
                 num_sent += len(chunk.tokens)
+                has_ended = has_ended or bool(chunk.finish)
                 self._admit()
                 self._take(sequence, completion, chunk)
-                if completion.reason is not None and not chunk.finish:
+                if completion.reason is not None and not has_ended:
                     return  # at a stop string that vLLM does not know of: leaving the stream aborts the rest
         if completion.reason is None:
             raise PlatformError(Code.UNAVAILABLE, "vLLM ended a completion without a word", retry_after_s=1.0)
