@@ -91,10 +91,15 @@ def _make(env: SideEnv) -> bool:
     if not _run([sys.executable, "-m", "venv", "--clear", str(env.venv)], "Next: apt install python3-venv, df -h ."):
         return False
     next_step = f"Next: check the network and the package index (pip config list), then make {env.name}-env again"
-    if env.has_torch and not _run([*pip, "--no-index", "-r", str(TORCH_LOCK)], "Next: PyTorch's own index is tried"):
-        if not _run([*pip, "--index-url", PYTORCH_CPU_INDEX, "-r", str(TORCH_LOCK)], next_step):
-            return False
-    return _run([*pip, "-r", str(env.lock)], next_step)
+    return (not env.has_torch or _install_torch(pip, next_step)) and _run([*pip, "-r", str(env.lock)], next_step)
+
+
+def _install_torch(pip: list[str], next_step: str) -> bool:
+    """Installs the CPU build: from pip's configured find-links, which answer at once, or from PyTorch's own index."""
+    lock = ["-r", str(TORCH_LOCK)]
+    return _run([*pip, "--no-index", *lock], "Next: PyTorch's own index is tried") or _run(
+        [*pip, "--index-url", PYTORCH_CPU_INDEX, *lock], next_step
+    )
 
 
 def _run(command: list[str], next_step: str) -> bool:
