@@ -269,16 +269,125 @@ MODELS = Dashboard(
                     "More waiting than running for long means that the load is beyond the knee.",
                 ),
                 Panel(
+                    "Computed tokens",
+                    "short",
+                    [
+                        (
+                            "sum by (kind) (rate(pressroom_engine_tokens_total[$__rate_interval]))",
+                            "{{kind}}",
+                        )
+                    ],
+                    "Tokens per second at the step that computed them; what was set back counts twice.",
+                ),
+            ],
+        ),
+        (
+            "The engine's steps",
+            [
+                Panel(
+                    "Where the time of a step goes",
+                    "s",
+                    [
+                        (
+                            "sum by (part) (rate(pressroom_step_seconds_sum[$__rate_interval])) / ignoring (part) "
+                            "group_left () sum(rate(pressroom_batch_sequences_count[$__rate_interval]))",
+                            "{{part}}, mean",
+                        ),
+                        *quantiles("pressroom_step_seconds", 'part="forward"', "part", 0.95),
+                    ],
+                    "Schedule: what runs next. Forward: the model. Sample: picking tokens, log probabilities included.",
+                ),
+                Panel(
+                    "Batch",
+                    "short",
+                    [
+                        (
+                            "sum(rate(pressroom_batch_sequences_sum[$__rate_interval])) "
+                            "/ sum(rate(pressroom_batch_sequences_count[$__rate_interval]))",
+                            "mean",
+                        ),
+                        (
+                            "histogram_quantile(0.95, sum by (le) "
+                            "(rate(pressroom_batch_sequences_bucket[$__rate_interval])))",
+                            "p95",
+                        ),
+                    ],
+                    "Sequences in one step.",
+                ),
+                Panel(
+                    "Guessed tokens",
+                    "short",
+                    [("sum by (outcome) (rate(pressroom_draft_tokens_total[$__rate_interval]))", "{{outcome}}")],
+                    "Speculation by prompt lookup, tokens per second: each accepted one spares a step.",
+                ),
+            ],
+        ),
+        (
+            "The engine's memory",
+            [
+                Panel(
+                    "Blocks of keys and values",
+                    "short",
+                    [
+                        ("sum by (service) (pressroom_kv_blocks_used)", "used"),
+                        ("sum by (service) (pressroom_kv_blocks_capacity)", "all"),
+                    ],
+                    "When they run out, the youngest sequence is set back.",
+                    6,
+                ),
+                Panel(
+                    "Preemptions",
+                    "cps",
+                    [("sum by (service) (rate(pressroom_preemptions_total[$__rate_interval]))", "set back")],
+                    "Sequences that gave their blocks to others and are computed anew.",
+                    6,
+                ),
+                Panel(
+                    "Prefix cache",
+                    "percentunit",
+                    [
+                        (
+                            "sum(rate(pressroom_prefix_hit_tokens_total[$__rate_interval])) "
+                            "/ sum(rate(pressroom_prefix_query_tokens_total[$__rate_interval]))",
+                            "found",
+                        )
+                    ],
+                    "Share of the prompts' tokens that the cache had, when they were admitted.",
+                    6,
+                ),
+                Panel(
+                    "Compiling grammars",
+                    "s",
+                    quantiles("pressroom_grammar_compile_seconds", 'outcome=~".+"', "outcome", 0.5, 0.95),
+                    "JSON Schemas, regular expressions and choices; one that was asked before is ready at once.",
+                    6,
+                ),
+                Panel(
                     "Adapters",
                     "short",
                     [
+                        ("sum by (service) (pressroom_known_adapters)", "known"),
                         ("sum by (service) (pressroom_loaded_adapters)", "loaded"),
+                    ],
+                    "Finetuned models that may be asked for, and those of them that are in memory.",
+                ),
+                Panel(
+                    "Loads of adapters",
+                    "short",
+                    [
                         (
                             "sum by (outcome) (increase(pressroom_adapter_loads_total[$__rate_interval]))",
-                            "loads: {{outcome}}",
+                            "{{outcome}}",
                         ),
+                        ("sum(increase(pressroom_adapter_evictions_total[$__rate_interval]))", "evicted"),
                     ],
-                    "Finetuned models that answer, and what came of loading them.",
+                    "full: all others were in use. evicted: made room for another one.",
+                ),
+                Panel(
+                    "Memory of adapters",
+                    "bytes",
+                    [("sum by (service) (pressroom_adapter_bytes)", "adapters")],
+                    "Those being probed, and replaced ones that still run, included.",
                 ),
             ],
         ),

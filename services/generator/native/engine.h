@@ -9,6 +9,7 @@ struct PrConfig {
     int32_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab;
     int32_t weight_bits, num_threads, block_size, num_blocks, context_length;
     int32_t max_tokens, max_rows, max_sequences;  // of one step
+    int32_t wide_parts;  // matrices that read 15-bit activations: 1 qkv, 2 output, 4 gate and up, 8 down, 16 head
     float norm_eps;
 };
 

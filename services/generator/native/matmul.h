@@ -7,29 +7,42 @@
 
 static const int GROUP = 32, LANES = 16, MAX_TILE_TOKENS = 8;
 
-// Activations [T, K] as signed bytes with a scale for each group of 32, and the sum of each group's bytes.
+// Activations [T, K] as whole numbers with a scale for each group of 32, and the sum of each group's numbers.
+// Narrow ones have 8 bits; wide ones 15, in two planes of bytes, at nearly twice the work: number = 128 * q + low.
 struct Quantised {
     int8_t* q;      // [T, K]
+    int8_t* low;    // [T, K], null for narrow ones
     float* scales;  // [T, K / 32]
     float* sums;    // [T, K / 32]
     int width;      // K
 };
 
-INLINE void quantise_group(const float* x, int8_t* q, float* scale, float* sum_of) {
-    f32x16 low = load<f32x16>(x), high = load<f32x16>(x + 16);
-    float most = largest(max(max(low, -low), max(high, -high)));
-    float inverse = most > 0 ? 127.0f / most : 0.0f;
-    low = __builtin_elementwise_roundeven(low * inverse), high = __builtin_elementwise_roundeven(high * inverse);
-    store(q, __builtin_convertvector(__builtin_convertvector(low, i32x16), i8x16));
-    store(q + 16, __builtin_convertvector(__builtin_convertvector(high, i32x16), i8x16));
-    *scale = most / 127.0f;
-    *sum_of = sum(low + high);  // whole numbers: exact
+static const float NARROW_MOST = 127, WIDE_MOST = 127 * 128;
+
+INLINE void quantise_half(f32x16 whole, int8_t* q, int8_t* low) {
+    if (low) {
+        f32x16 upper = __builtin_elementwise_roundeven(whole * (1.0f / 128));
+        store(low, __builtin_convertvector(__builtin_convertvector(whole - upper * 128.0f, i32x16), i8x16));
+        whole = upper;
+    }
+    store(q, __builtin_convertvector(__builtin_convertvector(whole, i32x16), i8x16));
+}
+
+// Quantises 32 numbers: group `group` of a token.
+INLINE void quantise_group(const Quantised& to, int token, int group, const float* x) {
+    f32x16 first = load<f32x16>(x), second = load<f32x16>(x + 16);
+    float largest_of = largest(max(max(first, -first), max(second, -second))), most = to.low ? WIDE_MOST : NARROW_MOST;
+    float inverse = largest_of > 0 ? most / largest_of : 0.0f;
+    first = __builtin_elementwise_roundeven(first * inverse), second = __builtin_elementwise_roundeven(second * inverse);
+    size_t at = (size_t)token * to.width + group * GROUP, of_group = (size_t)token * (to.width / GROUP) + group;
+    quantise_half(first, to.q + at, to.low ? to.low + at : nullptr);
+    quantise_half(second, to.q + at + 16, to.low ? to.low + at + 16 : nullptr);
+    to.scales[of_group] = largest_of / most;
+    to.sums[of_group] = sum(first + second);  // whole numbers below 2^24: exact
 }
 
 INLINE void quantise_row(const Quantised& to, int token, const float* x) {
-    int groups = to.width / GROUP;
-    for (int g = 0; g < groups; g++)
-        quantise_group(x + g * GROUP, to.q + (size_t)token * to.width + g * GROUP, to.scales + token * groups + g, to.sums + token * groups + g);
+    for (int g = 0; g < to.width / GROUP; g++) quantise_group(to, token, g, x + g * GROUP);
 }
 
 template <int bits> struct Tile;
@@ -43,7 +56,7 @@ template <> struct Tile<4> {
         }
         *scale = load_half(from + 256), *minimum = load_half(from + 288);
     }
-    INLINE f32x16 value(f32x16 dot, float sum_of, f32x16 scale, f32x16 minimum) { return fma(dot, scale, minimum * sum_of); }
+    INLINE f32x16 value(i32x16 dot, float sum_of, f32x16 scale, f32x16 minimum) { return fma(to_float(dot), scale, minimum * sum_of); }
 };
 template <> struct Tile<8> {
     static const int bytes = 544;
@@ -51,11 +64,11 @@ template <> struct Tile<8> {
         for (int j = 0; j < 8; j++) w[j] = load<u8x64>(from + 64 * j);
         *scale = load_half(from + 512), *minimum = f32x16{};
     }
-    INLINE f32x16 value(f32x16 dot, float sum_of, f32x16 scale, f32x16) { return (dot - 128.0f * sum_of) * scale; }
+    INLINE f32x16 value(i32x16 dot, float sum_of, f32x16 scale, f32x16) { return to_float(dot - splat((int32_t)sum_of * 128)) * scale; }
 };
 
 // 16 rows of weights times T tokens: out[t * stride + lane].
-template <int bits, int T> INLINE void multiply_tokens(const uint8_t* block, const Quantised& x, int token, float* out, int stride) {
+template <int bits, bool is_wide, int T> INLINE void multiply_tokens(const uint8_t* block, const Quantised& x, int token, float* out, int stride) {
     int groups = x.width / GROUP;
     f32x16 total[T];
     for (int t = 0; t < T; t++) total[t] = f32x16{};
@@ -67,14 +80,34 @@ template <int bits, int T> INLINE void multiply_tokens(const uint8_t* block, con
         Tile<bits>::read(block, w, &scale, &minimum);
 #pragma clang loop unroll(full)
         for (int t = 0; t < T; t++) {
-            const int8_t* q = x.q + (size_t)(token + t) * x.width + g * GROUP;
+            size_t first = (size_t)(token + t) * x.width + g * GROUP;
+            const int8_t* q = x.q + first;
             i32x16 dot{};
             for (int j = 0; j < 8; j++) dot = dot4<bits == 8>(dot, w[j], splat(load<int32_t>(q + 4 * j)));
+            if (is_wide) {
+                dot <<= 7, q = x.low + first;
+                for (int j = 0; j < 8; j++) dot = dot4<bits == 8>(dot, w[j], splat(load<int32_t>(q + 4 * j)));
+            }
             int at = (token + t) * groups + g;
-            total[t] = fma(Tile<bits>::value(to_float(dot), x.sums[at], scale, minimum), splat(x.scales[at]), total[t]);
+            total[t] = fma(Tile<bits>::value(dot, x.sums[at], scale, minimum), splat(x.scales[at]), total[t]);
         }
     }
     for (int t = 0; t < T; t++) store(out + (size_t)t * stride, total[t]);
+}
+
+template <int bits, bool is_wide>
+static void multiply_block(const uint8_t* block, const Quantised& x, int token, int num_tokens, float* out, int stride) {
+    for (; num_tokens >= MAX_TILE_TOKENS; num_tokens -= MAX_TILE_TOKENS, token += MAX_TILE_TOKENS, out += (size_t)MAX_TILE_TOKENS * stride)
+        multiply_tokens<bits, is_wide, MAX_TILE_TOKENS>(block, x, token, out, stride);
+    switch (num_tokens) {
+        case 1: multiply_tokens<bits, is_wide, 1>(block, x, token, out, stride); break;
+        case 2: multiply_tokens<bits, is_wide, 2>(block, x, token, out, stride); break;
+        case 3: multiply_tokens<bits, is_wide, 3>(block, x, token, out, stride); break;
+        case 4: multiply_tokens<bits, is_wide, 4>(block, x, token, out, stride); break;
+        case 5: multiply_tokens<bits, is_wide, 5>(block, x, token, out, stride); break;
+        case 6: multiply_tokens<bits, is_wide, 6>(block, x, token, out, stride); break;
+        case 7: multiply_tokens<bits, is_wide, 7>(block, x, token, out, stride); break;
+    }
 }
 
 // Row blocks [first, first + num_blocks) times tokens [token, token + num_tokens): out[t * stride + 16 * block + lane].
@@ -83,18 +116,7 @@ static void multiply(const uint8_t* weights, int first, int num_blocks, const Qu
     size_t block_bytes = (size_t)(x.width / GROUP) * Tile<bits>::bytes;
     for (int b = 0; b < num_blocks; b++) {
         const uint8_t* block = weights + (first + b) * block_bytes;
-        int t = 0;
-        for (; t + MAX_TILE_TOKENS <= num_tokens; t += MAX_TILE_TOKENS)
-            multiply_tokens<bits, MAX_TILE_TOKENS>(block, x, token + t, out + (size_t)t * stride + b * LANES, stride);
-        float* rest = out + (size_t)t * stride + b * LANES;
-        switch (num_tokens - t) {
-            case 1: multiply_tokens<bits, 1>(block, x, token + t, rest, stride); break;
-            case 2: multiply_tokens<bits, 2>(block, x, token + t, rest, stride); break;
-            case 3: multiply_tokens<bits, 3>(block, x, token + t, rest, stride); break;
-            case 4: multiply_tokens<bits, 4>(block, x, token + t, rest, stride); break;
-            case 5: multiply_tokens<bits, 5>(block, x, token + t, rest, stride); break;
-            case 6: multiply_tokens<bits, 6>(block, x, token + t, rest, stride); break;
-            case 7: multiply_tokens<bits, 7>(block, x, token + t, rest, stride); break;
-        }
+        if (x.low) multiply_block<bits, true>(block, x, token, num_tokens, out + b * LANES, stride);
+        else multiply_block<bits, false>(block, x, token, num_tokens, out + b * LANES, stride);
     }
 }

@@ -7,6 +7,7 @@
 
 #define PR_ABI 1
 
+enum Wide { WIDE_QKV = 1, WIDE_OUTPUT = 2, WIDE_MLP = 4, WIDE_DOWN = 8, WIDE_HEAD = 16 };
 enum Part { Q, K, V, OUTPUT, GATE, UP, DOWN };
 
 struct PrModel {
@@ -20,7 +21,7 @@ struct PrModel {
     float *hidden, *attended, *inner;  // [T, E], [T, H D], [T, I]
     float *queries, *normed;           // [T, H D], [T, E]
     float *low_rank;                   // [T, 7, MAX_RANK], what an adapter's first factor makes of a token
-    Quantised x, heads, wide;          // [T, E], [T, H D], [T, I]
+    Quantised x, mlp_x, heads, inner_q;  // what the matrices read: qkv, gate and up [T, E], output [T, H D], down [T, I]
     Quantised last;                    // [rows, E]
     int32_t *piece_token, *piece_length, *piece_sequence;  // pieces of attention: tokens of one sequence
     int32_t *sequence_of;                                  // [T]
@@ -28,7 +29,7 @@ struct PrModel {
     void* arena;
 };
 
-static const int MAX_RANK = 256, PIECE_TOKENS = 8, NORM_TOKENS = 4, HEAD_BLOCKS = 16, SPAN_TOKENS = 64;
+static const int MAX_RANK = 512, PIECE_TOKENS = 8, NORM_TOKENS = 4, HEAD_BLOCKS = 16, SPAN_TOKENS = 64;
 
 struct Job {
     PrModel* model;
@@ -85,11 +86,11 @@ static void read_row(const uint8_t* matrix, int row, int width, float* out) {
     }
 }
 
-static void normalise(PrModel* m, const Job& job, int token, const float* weight, int layer, const Part* parts, int num_parts) {
+static void normalise(PrModel* m, const Job& job, int token, const float* weight, const Quantised& to, int layer, const Part* parts, int num_parts) {
     int width = m->config.hidden;
     float* normed = m->normed + (size_t)token * width;
     rms_norm(m->hidden + (size_t)token * width, weight, width, m->config.norm_eps, normed);
-    quantise_row(m->x, token, normed);
+    quantise_row(to, token, normed);
     if (const PrAdapterLayer* adapter = adapter_of(m, job, token, layer))
         for (int p = 0; p < num_parts; p++) project_down(adapter->parts[parts[p]], normed, width, low_rank_of(m, token, parts[p]));
 }
@@ -159,10 +160,8 @@ static void attend_piece(PrModel* m, const Job& job, int layer, int piece, int k
         case 128: attend<128>(keys, values, table, block_floats(c), head_offset, queries, lengths, out, n, scratch, stride); break;
     }
     for (int t = token; t < token + count; t++) {
-        size_t first = (size_t)kv_head * shared * size, groups = m->heads.width / GROUP;
         const float* from = m->attended + (size_t)t * c.num_heads * size;
-        for (size_t g = first / GROUP; g < (first + shared * size) / GROUP; g++)
-            quantise_group(from + g * GROUP, m->heads.q + t * (size_t)m->heads.width + g * GROUP, m->heads.scales + t * groups + g, m->heads.sums + t * groups + g);
+        for (int g = kv_head * shared * size / GROUP; g < (kv_head + 1) * shared * size / GROUP; g++) quantise_group(m->heads, t, g, from + g * GROUP);
     }
 }
 
@@ -180,10 +179,10 @@ template <int bits> static void add_to_hidden(PrModel* m, const Job& job, int la
 
 // 32 numbers of silu(gate) * up, quantised for `down`.
 template <int bits> static void make_inner(PrModel* m, const Job& job, int layer, int group, int token, int num_tokens, float* scratch) {
-    int width = m->config.intermediate, groups = width / GROUP, first = group * GROUP;
+    int width = m->config.intermediate, first = group * GROUP;
     float *gate = scratch, *up = scratch + SPAN_TOKENS * GROUP;
-    multiply<bits>(m->layers[layer].gate, group * 2, 2, m->x, token, num_tokens, gate, GROUP);
-    multiply<bits>(m->layers[layer].up, group * 2, 2, m->x, token, num_tokens, up, GROUP);
+    multiply<bits>(m->layers[layer].gate, group * 2, 2, m->mlp_x, token, num_tokens, gate, GROUP);
+    multiply<bits>(m->layers[layer].up, group * 2, 2, m->mlp_x, token, num_tokens, up, GROUP);
     for (int t = 0; t < num_tokens; t++, gate += GROUP, up += GROUP) {
         int at = token + t;
         if (const PrAdapterLayer* adapter = adapter_of(m, job, at, layer)) {
@@ -192,7 +191,7 @@ template <int bits> static void make_inner(PrModel* m, const Job& job, int layer
         }
         float* inner = m->inner + (size_t)at * width + first;
         for (int i = 0; i < GROUP; i += 16) store(inner + i, silu(load<f32x16>(gate + i)) * load<f32x16>(up + i));
-        quantise_group(inner, m->wide.q + (size_t)at * width + first, m->wide.scales + at * groups + group, m->wide.sums + at * groups + group);
+        quantise_group(m->inner_q, at, group, inner);
     }
 }
 
@@ -208,7 +207,7 @@ template <int bits> static void run_layer(Worker* worker, PrModel* m, const Job&
         each_token(item, [&](int t) {
             const Part parts[] = {Q, K, V};
             if (layer == 0) read_row(m->embedding, job.step.token_ids[t], c.hidden, m->hidden + (size_t)t * c.hidden);
-            normalise(m, job, t, w.attention_norm, layer, parts, 3);
+            normalise(m, job, t, w.attention_norm, m->x, layer, parts, 3);
         });
     });
     int num_all_heads = c.num_heads + 2 * c.num_kv_heads;
@@ -230,7 +229,7 @@ template <int bits> static void run_layer(Worker* worker, PrModel* m, const Job&
     run_phase(worker, ceil_div(T, NORM_TOKENS), [&](int item) {
         each_token(item, [&](int t) {
             const Part parts[] = {GATE, UP};
-            normalise(m, job, t, w.mlp_norm, layer, parts, 2);
+            normalise(m, job, t, w.mlp_norm, m->mlp_x, layer, parts, 2);
         });
     });
     int groups = c.intermediate / GROUP;
@@ -245,7 +244,7 @@ template <int bits> static void run_layer(Worker* worker, PrModel* m, const Job&
         });
     run_phase(worker, pairs * spans, [&](int item) {
         int count, token = span(item / pairs, &count);
-        add_to_hidden<bits>(m, job, layer, w.down, m->wide, DOWN, item % pairs * 2, 2, token, count, scratch);
+        add_to_hidden<bits>(m, job, layer, w.down, m->inner_q, DOWN, item % pairs * 2, 2, token, count, scratch);
     });
 }
 
@@ -312,9 +311,10 @@ struct Arena {
         used += (count * sizeof(T) + 63) / 64 * 64;
         return piece;
     }
-    Quantised quantised(size_t rows, int width) {
+    Quantised quantised(size_t rows, int width, bool is_wide) {
         int8_t* q = take<int8_t>(rows * width);
-        return Quantised{q, take<float>(rows * width / GROUP), take<float>(rows * width / GROUP), width};
+        int8_t* low = is_wide ? take<int8_t>(rows * width) : nullptr;
+        return Quantised{q, low, take<float>(rows * width / GROUP), take<float>(rows * width / GROUP), width};
     }
 };
 
@@ -326,7 +326,9 @@ static size_t lay_out(PrModel* m, char* at) {
     m->hidden = arena.take<float>(T * c.hidden), m->normed = arena.take<float>(T * c.hidden);
     m->queries = arena.take<float>(T * attended), m->attended = arena.take<float>(T * attended);
     m->inner = arena.take<float>(T * c.intermediate), m->low_rank = arena.take<float>(T * 7 * MAX_RANK);
-    m->x = arena.quantised(T, c.hidden), m->heads = arena.quantised(T, attended), m->wide = arena.quantised(T, c.intermediate), m->last = arena.quantised(c.max_rows, c.hidden);
+    m->x = arena.quantised(T, c.hidden, c.wide_parts & WIDE_QKV), m->heads = arena.quantised(T, attended, c.wide_parts & WIDE_OUTPUT);
+    m->mlp_x = arena.quantised(T, c.hidden, c.wide_parts & WIDE_MLP), m->inner_q = arena.quantised(T, c.intermediate, c.wide_parts & WIDE_DOWN);
+    m->last = arena.quantised(c.max_rows, c.hidden, c.wide_parts & WIDE_HEAD);
     m->piece_token = arena.take<int32_t>(T), m->piece_length = arena.take<int32_t>(T), m->piece_sequence = arena.take<int32_t>(T);
     m->sequence_of = arena.take<int32_t>(T);
     m->found_best = arena.take<float>((size_t)head_items(c) * c.max_rows * 2);

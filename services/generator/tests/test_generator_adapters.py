@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -32,6 +33,7 @@ from generator.core.blocks import BlockManager
 from generator.core.library import AdapterLibrary, AdapterOrder
 from generator.core.scheduler import SchedulerLimits
 from generator.core.sequences import Sequence
+from generator.core.stream import TokenStream
 from modelstore.manifest import sha256_of, write_manifest
 
 Stub = generator_pb2_grpc.GeneratorServiceStub
@@ -214,22 +216,188 @@ async def test_a_failed_probe_leaves_what_was_there(stub: Stub, store: Path, loa
     assert await _generate(stub, ID) == before and loads == Counter(loaded=1, failed=2)
 
 
-async def test_count_and_memory_of_adapters_are_bounded(
-    stub: Stub, store: Path, engine: BatchingEngine, runner: Runner
+async def _listed(stub: Stub) -> list[str]:
+    return [model.id for model in (await stub.ListModels(pb.ListModelsRequest())).models]
+
+
+def _in_use(engine: BatchingEngine, adapter_id: str) -> TokenStream:
+    """Starts a stream that goes on until it is cancelled or 1000 tokens are out."""
+    return engine.submit(ask(most=1000, adapter=adapter_id), lambda _: None)
+
+
+async def _end(stream: TokenStream) -> None:
+    stream.cancel()
+    _ = [event async for event in stream]
+
+
+async def test_the_least_recently_used_adapter_makes_room_and_comes_back_when_it_is_asked(
+    stub: Stub, store: Path, engine: BatchingEngine
 ) -> None:
-    orders = [_publish(store, f"ftjob-{i}", f"toy:{i}") for i in range(4)]
+    orders = [_publish(store, f"ftjob-{i}", f"toy:{i}", content=f"weights {i}".encode()) for i in range(4)]
+    texts = {}
     for order in orders[:3]:
         await _load(stub, order)
+        texts[order.id] = await _generate(stub, order.id)
+    await _generate(stub, "toy:0")  # so toy:1 is the least recently used
+    await _load(stub, orders[3])
+    assert [spec.id for spec in engine.adapters()] == ["toy:0", "toy:2", "toy:3"]
+    assert await _listed(stub) == ["toy", "toy:0", "toy:1", "toy:2", "toy:3"]
+    assert await _generate(stub, "toy", "toy:1") == texts["toy:1"]
+    assert [spec.id for spec in engine.adapters()] == ["toy:0", "toy:1", "toy:3"]
+    stats = await stub.GetStats(pb.GetStatsRequest())
+    assert (stats.loaded_adapters, stats.adapter_evictions_total, stats.adapter_bytes) == (3, 2, 3 * len("weights 0"))
+
+
+async def test_as_many_go_as_the_memory_needs_and_no_more(store: Path, stub: Stub, engine: BatchingEngine) -> None:
+    for name, size in (("a", 40), ("b", 30), ("c", 20)):
+        await _load(stub, _publish(store, name, f"toy:{name}", content=name.encode() * size))
+    await _load(stub, _publish(store, "d", "toy:d", content=b"d" * 70))
+    assert [spec.id for spec in engine.adapters()] == ["toy:c", "toy:d"]
+    with pytest.raises(PlatformError, match="101 bytes") as raised:
+        await _load(stub, _publish(store, "e", "toy:e", content=b"e" * 101))
+    assert raised.value.code is Code.INVALID_ARGUMENT
+    assert [spec.id for spec in engine.adapters()] == ["toy:c", "toy:d"]
+
+
+async def test_more_adapters_than_fit_are_served_at_once(stub: Stub, store: Path, library: AdapterLibrary) -> None:
+    """Eight adapters where three fit, asked for by 24 requests at a time, beside the base; nothing is refused."""
+    for number in range(8):
+        _publish(store, f"ftjob-{number}", f"toy:{number}", content=f"weights {number}".encode(), created=number)
+    await library.load_all()
+    alone = {f"toy:{number}": await _generate(stub, f"toy:{number}") for number in range(8)}
+    assert len(set(alone.values())) == 8
+    asked = [f"toy:{number % 8}" for number in range(24)]
+    base, *answers = await asyncio.gather(_generate(stub, "toy"), *(_generate(stub, name) for name in asked))
+    assert answers == [alone[name] for name in asked] and base not in answers
+
+
+async def test_requests_for_an_adapter_that_is_not_loaded_are_one_load_and_hold_nobody_up(
+    stub: Stub, store: Path, library: AdapterLibrary, runner: Runner, loads: Counter[str]
+) -> None:
+    for number in range(4):
+        _publish(store, f"ftjob-{number}", f"toy:{number}", created=9 - number)
+    await library.load_all()
+    assert (runner.num_read, loads) == (3, Counter(loaded=3, full=1))
+    runner.gate.clear()
+    waiting = [asyncio.create_task(_generate(stub, "toy:3")) for _ in range(4)]
+    await asyncio.gather(_generate(stub, "toy"), _generate(stub, "toy:0"))  # the others go on meanwhile
+    assert not any(task.done() for task in waiting)
+    runner.gate.set()
+    assert len({await task for task in waiting}) == 1 and runner.num_read == 4
+    assert loads == Counter(loaded=4, full=1)
+
+
+async def test_a_load_on_demand_whose_request_left_is_taken_up_by_the_next(
+    stub: Stub, store: Path, library: AdapterLibrary, runner: Runner, engine: BatchingEngine, loads: Counter[str]
+) -> None:
+    for number in range(4):
+        _publish(store, f"ftjob-{number}", f"toy:{number}", created=9 - number)
+    await library.load_all()
+    runner.gate.clear()
+    first, second = (asyncio.create_task(_generate(stub, "toy:3")) for _ in range(2))
+    await asyncio.sleep(0.1)
+    first.cancel()
+    runner.gate.set()
+    assert (await second)[1] and loads["failed"] == 0
+    assert engine.stats().adapter_bytes == 3 * len(b"weights")  # what was dropped holds nothing
+
+
+async def test_where_all_are_in_use_a_request_waits_and_its_deadline_holds(
+    stub: Stub, store: Path, library: AdapterLibrary, engine: BatchingEngine
+) -> None:
+    for number in range(4):
+        _publish(store, f"ftjob-{number}", f"toy:{number}", created=9 - number)
+    await library.load_all()
+    streams = [_in_use(engine, f"toy:{number}") for number in range(3)]
+    with pytest.raises(PlatformError) as raised:
+        await library.ensure("toy:3", time.time() + 0.2)
+    assert raised.value.code is Code.DEADLINE_EXCEEDED
+    waiting = asyncio.create_task(_generate(stub, "toy:3"))
+    await _end(streams[1])
+    version, _ = await waiting
+    assert version == {spec.id: spec.version for spec in engine.adapters()}["toy:3"]
+    assert [spec.id for spec in engine.adapters()] == ["toy:0", "toy:2", "toy:3"]
+    for stream in streams:
+        await _end(stream)
+
+
+async def test_a_call_to_load_where_all_are_in_use_is_refused_and_the_adapter_is_known(
+    stub: Stub, store: Path, library: AdapterLibrary, engine: BatchingEngine
+) -> None:
+    orders = [_publish(store, f"ftjob-{i}", f"toy:{i}", created=9 - i) for i in range(5)]
+    for order in orders[:3]:
+        await _load(stub, order)
+    streams = [_in_use(engine, f"toy:{number}") for number in range(3)]
     with pytest.raises(PlatformError) as raised:
         await _load(stub, orders[3])
-    assert (raised.value.code, raised.value.reason) == (Code.OVERLOADED, "adapters_full")
-    assert not raised.value.retryable and "GENERATOR_MAX_ADAPTERS" in raised.value.message
-    await _unload(stub, orders[0].id)
-    for size, code in ((90, Code.OVERLOADED), (101, Code.INVALID_ARGUMENT)):
-        with pytest.raises(PlatformError, match="bytes") as raised:
-            await _load(stub, _publish(store, f"ftjob-{size}", "toy:big", b"x" * size))
-        assert raised.value.code is code
-    await _load(stub, orders[3])  # what was refused holds nothing
+    assert (raised.value.code, raised.value.reason) == (Code.OVERLOADED, "adapters_full") and raised.value.retryable
+    await consumers.make_published_handler(library)(_event(orders[4]))  # done: no room now, and no dead letter
+    assert await _listed(stub) == ["toy", *(f"toy:{number}" for number in range(5))]
+    for stream in streams:
+        await _end(stream)
+    assert (await _generate(stub, "toy:3"))[1] == (await _generate(stub, "toy:4"))[1]
+
+
+async def test_a_bad_request_is_refused_before_its_adapter_is_loaded(
+    stub: Stub, store: Path, library: AdapterLibrary, runner: Runner
+) -> None:
+    for number in range(4):
+        _publish(store, f"ftjob-{number}", f"toy:{number}", created=9 - number)
+    await library.load_all()
+    request = pb.GenerateRequest(model="toy:3", text="a", sampling=pb.SamplingParams(temperature=3.0))
+    with pytest.raises(PlatformError, match="temperature"):
+        async with rpc.call("generator.Generate", timeout_s=20) as call:
+            _ = [message async for message in stub.Generate(request, timeout=call.timeout_s)]
+    assert runner.num_read == 3
+
+
+async def test_an_adapter_that_does_not_load_on_demand_says_why_and_is_not_tried_at_once_again(
+    stub: Stub, store: Path, library: AdapterLibrary, runner: Runner, loads: Counter[str]
+) -> None:
+    for number in range(3):
+        _publish(store, f"ftjob-{number}", f"toy:{number}", created=9)
+    damaged, sick = _publish(store, "d", "toy:damaged"), _publish(store, "s", "toy:sick", content=b"sick")
+    gone = _publish(store, "g", "toy:gone")
+    await library.load_all()
+    (store / damaged.path / "adapter_model.safetensors").write_bytes(b"weighty")
+    shutil.rmtree(store / gone.path)
+    expected = {damaged.id: Code.DATA_LOSS, sick.id: Code.FAILED_PRECONDITION, gone.id: Code.NOT_FOUND}
+    for adapter_id, code in expected.items():
+        for _ in range(3):
+            with pytest.raises(PlatformError) as raised:
+                await _generate(stub, adapter_id)
+            assert raised.value.code is code
+    assert runner.num_read == 4 and loads["failed"] == 3  # each once
+    assert gone.id not in await _listed(stub) and damaged.id in await _listed(stub)
+    assert (await _generate(stub, "toy:2"))[1]
+
+
+async def test_an_unloaded_adapter_is_unknown_until_there_is_news_of_it(
+    stub: Stub, store: Path, library: AdapterLibrary
+) -> None:
+    orders = [_publish(store, f"ftjob-{i}", f"toy:{i}", created=9 - i) for i in range(4)]
+    await library.load_all()
+    for adapter_id in ("toy:0", "toy:3"):  # loaded, and known only
+        await _unload(stub, adapter_id)
+        for call in (_generate(stub, adapter_id), _unload(stub, adapter_id)):
+            with pytest.raises(PlatformError) as raised:
+                await call
+            assert raised.value.code is Code.NOT_FOUND
+    assert await _listed(stub) == ["toy", "toy:1", "toy:2"]
+    await consumers.make_published_handler(library)(_event(orders[3]))
+    assert (await _generate(stub, "toy:3"))[0] == orders[3].manifest_sha256[:12]
+
+
+async def test_without_room_for_a_single_adapter_none_is_waited_for(store: Path, runner: Runner) -> None:
+    engine = BatchingEngine(runner, ByteTokenizer(), BlockManager(2000, 4), SchedulerLimits(), AdapterLimits(0, 100))
+    engine.start()
+    _publish(store, "ftjob-1")
+    library = AdapterLibrary(engine, FolderAdapterStore(store, "toy", BASE_VERSION, max_bytes=10_000))
+    await library.load_all()
+    with pytest.raises(PlatformError) as raised:
+        await library.ensure(ID)
+    assert (raised.value.reason, raised.value.retryable) == ("adapters_full", False)
+    await engine.close()
 
 
 async def test_weights_that_were_replaced_count_while_a_request_uses_them(engine: BatchingEngine) -> None:
@@ -397,7 +565,8 @@ async def test_a_start_takes_the_newest_where_not_all_have_room(
         _publish(store, f"ftjob-{number}", f"toy:{number}", created=number)
     await library.load_all()
     assert [spec.id for spec in engine.adapters()] == ["toy:3", "toy:4", "toy:5"]
-    assert loads == Counter(loaded=3, failed=1)
+    assert loads == Counter(loaded=3, full=1)
+    assert [spec.id for spec in library.specs()] == [f"toy:{number}" for number in range(6)]
 
 
 async def test_a_start_without_adapters_is_a_start(

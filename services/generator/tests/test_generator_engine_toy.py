@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 
 import lora_files
@@ -46,6 +47,14 @@ def toy_adapter(adapter_id: str, seed: int) -> AdapterFiles:
     return AdapterFiles(lora_files.spec(adapter_id, content), b"{}", content)
 
 
+class SlowRunner(ToyRunner):
+    """Takes as long for a step as a fast model would: a toy ends before anybody can cancel it."""
+
+    def execute(self, step: list[Work]) -> list[Outcome]:
+        time.sleep(0.0005)
+        return super().execute(step)
+
+
 class TestToyEngine(EngineSuite):
     @pytest.fixture
     def make_adapter(self) -> MakeAdapter:
@@ -53,7 +62,7 @@ class TestToyEngine(EngineSuite):
 
     @pytest.fixture
     async def engine(self) -> AsyncIterator[BatchingEngine]:
-        engine = make_engine()
+        engine = make_engine(SlowRunner(400, BLOCK_SIZE, CONTEXT))
         yield engine
         await engine.close()
 

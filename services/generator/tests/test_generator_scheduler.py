@@ -14,7 +14,8 @@ BLOCK_SIZE = 4
 
 
 def _sequence(arrival: int, num_prompt: int, most: int = 8, priority: int = 0) -> Sequence:
-    request = GenerationRequest(f"r{arrival}", tuple(range(num_prompt)), priority=priority)
+    tokens = tuple(range(100 * arrival, 100 * arrival + num_prompt))  # no prefix in common
+    request = GenerationRequest(f"r{arrival}", tokens, priority=priority)
     return Sequence(request, 0, arrival, 0, most)
 
 

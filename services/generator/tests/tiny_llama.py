@@ -1,7 +1,9 @@
 """Writes a model folder with a tiny Llama of random weights over bytes: all of the torch path, none of the wait."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -26,10 +28,20 @@ CONFIG = {
 }
 
 
-def write(folder: Path) -> Path:
+# As small as the native kernels' registers allow.
+NATIVE_CONFIG = CONFIG | {
+    "hidden_size": 64,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+
+
+def write(folder: Path, config: Mapping[str, Any] = CONFIG) -> Path:
     """Fills a folder with config.json and model.safetensors."""
     generator = torch.Generator().manual_seed(5)
-    hidden, inner, query, kv = 48, 96, 48, 16
+    hidden, inner, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    query, kv = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * (1.5 / shape[-1] ** 0.5)
@@ -50,5 +62,5 @@ def write(folder: Path) -> Path:
         }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

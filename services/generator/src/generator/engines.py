@@ -9,17 +9,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from chassis.errors import PlatformError
+from generator.backends import native_runner
 from generator.backends.hf_tokenizer import HfTokenizer
+from generator.backends.native_runner.library import load_library
+from generator.backends.native_runner.weights import find_pack
 from generator.core.adapters import AdapterLimits
 from generator.core.batching import BatchingEngine
 from generator.core.blocks import BlockManager
 from generator.core.engine import Engine, Runner
 from generator.core.scheduler import SchedulerLimits
+from generator.core.steps import StepReport
 from generator.core.text import Tokenizer
 from generator.settings import GeneratorSettings
 from modelstore import Manifest
 
 log = logging.getLogger(__name__)
+
+OnStep = Callable[[StepReport], None]
+_MAX_DRAFTS = 8  # for each running sequence
 
 
 class ServedEngine(Engine, Protocol):
@@ -53,16 +61,63 @@ class Chosen:
     is_ready: Callable[[], bool] = lambda: True
 
 
-async def choose(settings: GeneratorSettings) -> Chosen:
-    """Makes the engine. Blocks a thread for as long as a model takes to load. Raises PlatformError."""
+async def choose(settings: GeneratorSettings, on_step: OnStep = lambda report: None) -> Chosen:
+    """Makes the engine. Blocks a thread for as long as a model takes to load. Raises PlatformError.
+
+    on_step: told of every step of an engine of ours; vLLM's steps are its own.
+    """
     match settings.engine:
         case "vllm":
             return await asyncio.to_thread(make_vllm_engine, settings)
         case "toy":
-            return make_toy_engine(settings)
-        case _:
-            runner, tokenizer = await asyncio.to_thread(load_torch, settings)
-            return Chosen(_batching(settings, runner, tokenizer), tokenizer)
+            return make_toy_engine(settings, on_step)
+        case "torch":
+            load = load_torch
+        case "native":
+            load = load_native
+        case "auto":
+            load = load_native if can_run_native(settings) else load_torch
+    runner, tokenizer = await asyncio.to_thread(load, settings)
+    return Chosen(_batching(settings, runner, tokenizer, on_step), tokenizer)
+
+
+def can_run_native(settings: GeneratorSettings) -> bool:
+    """Says whether the model has packed weights and this processor a build of the kernels."""
+    if find_pack(settings.model_dir, settings.weights) is None:
+        return False
+    try:
+        load_library()
+    except PlatformError as error:
+        log.warning("native engine unavailable", extra={"cause": error.message})
+        return False
+    return True
+
+
+def load_native(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
+    """Verifies the model's files, then maps its packed weights and warms them up. Raises PlatformError."""
+    manifest = Manifest.load(settings.model_dir)
+    manifest.verify()
+    # Every running sequence may bring drafts into a step, on top of the tokens that the scheduler counts.
+    most = settings.max_step_tokens + settings.max_background_tokens + settings.max_running * (1 + _MAX_DRAFTS)
+    options = native_runner.RunnerOptions(
+        max_model_len=settings.max_model_len,
+        kv_cache_bytes=settings.kv_cache_mb * 1024 * 1024,
+        num_threads=settings.num_threads,
+        max_step_tokens=most,
+        max_sequences=settings.max_running,
+        weights=settings.weights,
+        activations=settings.activations,
+    )
+    runner = native_runner.make_runner(
+        settings.model_dir,
+        options,
+        model_id=manifest.id,
+        version=manifest.version,
+        created_unix_s=manifest.created_unix_s,
+    )
+    runner.warm_up()
+    log.info("model loaded", extra={"model": manifest.id, "dtype": runner.dtype_name, "kv_blocks": runner.num_blocks})
+    return runner, HfTokenizer.load(settings.model_dir)
 
 
 def load_torch(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
@@ -90,14 +145,14 @@ def load_torch(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
     return runner, HfTokenizer.load(settings.model_dir)
 
 
-def make_toy_engine(settings: GeneratorSettings) -> Chosen:
+def make_toy_engine(settings: GeneratorSettings, on_step: OnStep = lambda report: None) -> Chosen:
     """Makes the engine without weights: for tests and simulations of the rest of the system."""
     from generator.backends.toy import ByteTokenizer, ToyRunner
 
     tokenizer = ByteTokenizer()
     num_blocks = settings.max_running * settings.max_model_len // settings.block_size + 1
     runner = ToyRunner(num_blocks, settings.block_size, settings.max_model_len, settings.model_dir.name)
-    return Chosen(_batching(settings, runner, tokenizer), tokenizer)
+    return Chosen(_batching(settings, runner, tokenizer, on_step), tokenizer)
 
 
 def make_vllm_engine(settings: GeneratorSettings) -> Chosen:
@@ -122,7 +177,9 @@ def adapter_limits(settings: GeneratorSettings) -> AdapterLimits:
     return AdapterLimits(settings.max_adapters, settings.adapter_memory_mb * 1024 * 1024)
 
 
-def _batching(settings: GeneratorSettings, runner: SizedRunner, tokenizer: Tokenizer) -> BatchingEngine:
+def _batching(
+    settings: GeneratorSettings, runner: SizedRunner, tokenizer: Tokenizer, on_step: OnStep
+) -> BatchingEngine:
     limits = SchedulerLimits(
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
@@ -130,5 +187,5 @@ def _batching(settings: GeneratorSettings, runner: SizedRunner, tokenizer: Token
         max_mixed_prefill_tokens=settings.max_mixed_prefill_tokens,
         max_background_tokens=settings.max_background_tokens,
     )
-    blocks = BlockManager(runner.num_blocks, runner.block_size)
-    return BatchingEngine(runner, tokenizer, blocks, limits, adapter_limits(settings))
+    blocks = BlockManager(runner.num_blocks, runner.block_size, settings.prefix_caching)
+    return BatchingEngine(runner, tokenizer, blocks, limits, adapter_limits(settings), on_step=on_step)

@@ -4,7 +4,6 @@ import sys
 
 from pressroom.generator.v1 import generator_pb2_grpc
 
-from chassis import metrics
 from chassis.app import App
 from chassis.bus import StreamSpec
 from chassis.nats_bus import NatsBus
@@ -13,6 +12,7 @@ from contracts import subjects
 from generator import engines
 from generator.api import accounting, consumers
 from generator.api.grpc import GeneratorServicer
+from generator.api.metering import EngineMeter
 from generator.backends.adapter_store import FolderAdapterStore
 from generator.core.library import AdapterLibrary
 from generator.core.requests import ModelSpec
@@ -23,7 +23,8 @@ def main() -> int:
     settings = load_settings(GeneratorSettings)
 
     async def setup(app: App) -> None:
-        chosen = await engines.choose(settings)
+        meter = EngineMeter(app.name)
+        chosen = await engines.choose(settings, meter.on_step)
         engine = chosen.engine
         engine.start()
         app.on_close(engine.close)
@@ -36,13 +37,11 @@ def main() -> int:
 
         app.on_drain(drain)
         app.set_queue_depth(lambda: engine.stats().waiting_sequences)
-        metrics.RUNNING_SEQUENCES.labels(app.name).set_function(lambda: engine.stats().running_sequences)
-        metrics.WAITING_SEQUENCES.labels(app.name).set_function(lambda: engine.stats().waiting_sequences)
-        metrics.LOADED_ADAPTERS.labels(app.name).set_function(lambda: len(engine.adapters()))
+        meter.watch(engine.stats, lambda: len(library.specs()))
         await library.load_all()  # before the ports open: a restart must not make a tuned model unknown for a while
         app.add_grpc(
             generator_pb2_grpc.add_GeneratorServiceServicer_to_server,
-            GeneratorServicer(engine, library, chosen.tokenizer),
+            GeneratorServicer(engine, library, chosen.tokenizer, meter),
             "pressroom.generator.v1.GeneratorService",
         )
         streams = [StreamSpec(s.name, s.subjects, s.retention, s.max_age_s, s.max_bytes) for s in subjects.STREAMS]

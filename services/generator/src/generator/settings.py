@@ -20,8 +20,16 @@ class GeneratorSettings(ServiceSettings):
     instance: str = Field(
         "0", pattern=r"^[A-Za-z0-9_-]{1,32}$", description="Name of this replica, kept across restarts."
     )
-    engine: Literal["auto", "torch", "vllm", "toy"] = Field(
-        "auto", description="What computes; auto: torch. vllm has a vLLM server do it, toy has no weights at all."
+    engine: Literal["auto", "native", "torch", "vllm", "toy"] = Field(
+        "auto",
+        description="What computes: native (our kernels on a CPU), torch (the reference, and for a GPU), vllm (a vLLM "
+        "server does it) or toy (no weights at all); auto: native where it can run the model, else torch.",
+    )
+    weights: Literal["auto", "int4", "int8"] = Field(
+        "auto", description="Packed weights of the engine native; auto: the smallest that the model has."
+    )
+    activations: Literal["int8", "mixed", "int16"] = Field(
+        "mixed", description="Precision of what the weights of the engine native meet: speed against exactness."
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Of the engine torch; auto: a GPU if it has one."
@@ -42,6 +50,9 @@ class GeneratorSettings(ServiceSettings):
     max_model_len: int = Field(2048, ge=128, le=1_048_576, description="Most tokens of prompt and completion together.")
     kv_cache_mb: int = Field(256, ge=8, le=1_048_576, description="Memory for keys and values, in MiB.")
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of that memory.")
+    prefix_caching: bool = Field(
+        True, description="Whether prompts with a common beginning share its keys and values, within a tenant."
+    )
     max_running: int = Field(32, ge=1, le=1024, description="Most sequences in one batch.")
     max_waiting: int = Field(256, ge=16, le=65536, description="Sequences that may wait; more are refused.")
     # A cancel waits for the step that runs. 128 tokens are as fast for each token as 512, and take 0.2 s on two cores.

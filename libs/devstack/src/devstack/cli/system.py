@@ -1,5 +1,6 @@
-"""Commands that run the system and look into it: up, down, status, logs, trace, doctor."""
+"""Commands that run the system and look into it: up, down, status, top, logs, trace, doctor."""
 
+import contextlib
 import sys
 from typing import Annotated
 
@@ -17,6 +18,9 @@ def register(app: typer.Typer) -> None:
     app.command(epilog=examples("./pressroom up", "./pressroom up retriever", "PRESSROOM_PORT=0 ./pressroom up"))(up)
     app.command(epilog=examples("./pressroom down", "./pressroom down nats"))(down)
     app.command(epilog=examples("./pressroom status", "./pressroom status --json"))(status)
+    app.command(epilog=examples("./pressroom top", "./pressroom top --once", "./pressroom top --json --interval 5"))(
+        top
+    )
     app.command(
         epilog=examples("./pressroom logs -n 50", "./pressroom logs generator -f", "./pressroom logs --request req_123")
     )(logs)
@@ -64,6 +68,29 @@ def status(as_json: _Json = False) -> None:
         print_json(found)
     else:
         print("\n".join(status_.render(found)))
+
+
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Show one interval and end.")] = False,
+    interval_s: Annotated[
+        float, typer.Option("--interval", min=0.2, max=60.0, help="Seconds that the figures are taken over.")
+    ] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print data for programs, a line for each interval.")] = False,
+) -> None:
+    """Watch the engine and all services live: tokens/s, batch, memory, step time, latencies. Ctrl-C ends it."""
+    from devstack import settings
+    from devstack import top as top_
+    from devstack.home import Home
+    from devstack.top_screen import Screen
+
+    home = Home(settings.load().home)
+    with contextlib.suppress(KeyboardInterrupt), Screen(as_json) as screen:
+        before = top_.look(home)
+        while True:
+            view, before = top_.watch(home, before, interval_s)
+            screen.show(view)
+            if once:
+                break
 
 
 def logs(

@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 SERVICE = "generator"
 
 
-def settle(summary: Summary, model_id: str) -> None:
-    """Accounts for an ended request of a base or an adapter.
+def settle(summary: Summary, model_id: str, adapter: str = "") -> None:
+    """Accounts for an ended request. model_id: what it is counted under, the adapter's id where it used one.
 
     Runs in the request's context, so ids and the parent span are its own.
     """
@@ -24,15 +24,26 @@ def settle(summary: Summary, model_id: str) -> None:
         "generation finished",
         extra={
             "model": model_id,
+            "adapter": adapter,
             "finish_reasons": [reason.value for reason in summary.reasons],
             "prompt_tokens": summary.num_prompt,
             "completion_tokens": summary.num_completion,
+            "cached_tokens": summary.num_cached,
+            "drafted_tokens": summary.num_drafted,
+            "accepted_tokens": summary.num_accepted,
             "num_preemptions": summary.num_preemptions,
             "queue_s": round(summary.queue_s, 4),
             "prefill_s": round(summary.prefill_s, 4),
             "decode_s": round(summary.decode_s, 4),
+            "ttft_s": _rounded(summary.ttft_s, 4),
+            "tpot_s": _rounded(summary.tpot_s, 5),
+            "tokens_per_s": _rounded(summary.tokens_per_s, 1),
         },
     )
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def _count(summary: Summary, model_id: str) -> None:
@@ -65,12 +76,12 @@ def _draw(name: str, start_s: float, end_s: float, attributes: dict[str, float])
 
 
 def count_adapter_load(outcome: str) -> None:
-    """Counts a load of an adapter: "loaded", "present" or "failed"."""
+    """Counts a load of an adapter: "loaded", "present", "full" or "failed"."""
     metrics.ADAPTER_LOADS.labels(SERVICE, outcome).inc()
 
 
 def forget(adapter_id: str) -> None:
-    """Drops the metrics of an adapter that is gone, so that labels stay as few as what is loaded."""
+    """Drops the metrics of an adapter that is gone, so that labels stay as few as what may be asked for."""
     for metric, kinds in (
         (metrics.TOKENS, ("prompt", "completion", "cached")),
         (metrics.TTFT_SECONDS, None),

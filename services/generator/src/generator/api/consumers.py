@@ -8,6 +8,7 @@ from pressroom.events.v1 import events_pb2
 
 from chassis.bus import Received
 from chassis.errors import Code, PlatformError
+from generator.core.adapters import FULL
 from generator.core.engine import Engine
 from generator.core.library import ANOTHER_BASE, AdapterLibrary, AdapterOrder
 
@@ -31,7 +32,10 @@ def make_cancel_handler(engine: Engine) -> Callable[[Received], Awaitable[None]]
 
 
 def make_published_handler(library: AdapterLibrary) -> Callable[[Received], Awaitable[None]]:
-    """Returns the handler of events.model.published: the adapter answers before the event is acked."""
+    """Returns the handler of events.model.published: the adapter answers before the event is acked.
+
+    Where others in use leave no room, it will when it is asked for.
+    """
 
     async def publish(received: Received) -> None:
         try:
@@ -44,6 +48,9 @@ def make_published_handler(library: AdapterLibrary) -> Callable[[Received], Awai
         except PlatformError as error:
             if error.reason == ANOTHER_BASE:  # some other generator's
                 log.info("published adapter is not for this base", extra={"adapter": order.id, "error": error.message})
+                return
+            if error.reason == FULL and library.is_known(order):
+                log.info("published adapter waits to be asked for", extra={"adapter": order.id})
                 return
             if error.code is Code.NOT_FOUND:  # a store that is shared over a network may lag behind the event
                 raise PlatformError(error.code, error.message, retryable=True) from error

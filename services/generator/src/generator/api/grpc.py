@@ -11,6 +11,7 @@ from pressroom.generator.v1 import generator_pb2_grpc
 from chassis import context
 from chassis.errors import Code, PlatformError
 from generator.api import accounting, wire
+from generator.api.metering import EngineMeter, StepTotals
 from generator.core import requests
 from generator.core.adapters import not_loaded
 from generator.core.engine import Engine
@@ -36,11 +37,13 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
         engine: Engine,
         library: AdapterLibrary,
         tokenizer: Tokenizer,
+        meter: EngineMeter | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._engine = engine
         self._library = library
         self._tokenizer = tokenizer
+        self._meter = meter
         self._clock = clock
 
     async def Generate(self, request: pb.GenerateRequest, rpc: RpcContext) -> AsyncIterator[pb.GenerateResponse]:
@@ -49,7 +52,10 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
         prompt_ids = await self._prompt_ids(request)
         asked = wire.read_request(request, prompt_ids, adapter, context.current().request_id, deadline_s)
         model_id = adapter or self._engine.model.id
-        stream = self._engine.submit(asked, lambda summary: accounting.settle(summary, model_id))
+        if adapter:
+            requests.check(asked, self._engine.model)  # before anything is loaded for its sake
+            await self._library.ensure(adapter, deadline_s)
+        stream = self._engine.submit(asked, lambda summary: accounting.settle(summary, model_id, adapter))
         # Whatever way the call ends, this runs at once; a generator's `finally` may wait for its finaliser.
         rpc.add_done_callback(lambda _: stream.cancel())
         async for event in stream:
@@ -62,11 +68,12 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
 
     async def ListModels(self, request: pb.ListModelsRequest, rpc: RpcContext) -> pb.ListModelsResponse:
         model = self._engine.model
-        adapters = [wire.write_adapter(adapter, model) for adapter in self._engine.adapters()]
+        adapters = [wire.write_adapter(adapter, model) for adapter in self._library.specs()]
         return pb.ListModelsResponse(models=[wire.write_model(model), *adapters])
 
     async def GetStats(self, request: pb.GetStatsRequest, rpc: RpcContext) -> pb.GetStatsResponse:
-        return wire.write_stats(self._engine.stats())
+        steps = self._meter.totals if self._meter else StepTotals()
+        return wire.write_stats(self._engine.stats(), steps, len(self._library.specs()))
 
     async def LoadAdapter(self, request: pb.LoadAdapterRequest, rpc: RpcContext) -> pb.LoadAdapterResponse:
         self._check_lora()

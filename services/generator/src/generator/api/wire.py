@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pressroom.common.v1 import common_pb2
 from pressroom.generator.v1 import generator_pb2 as pb
 
+from generator.api.metering import StepTotals
 from generator.core.adapters import AdapterSpec
 from generator.core.engine import EngineStats
 from generator.core.events import Delta, Done, Event, Finished, FinishReason, Started
@@ -86,7 +87,7 @@ def write_event(event: Event, request: GenerationRequest, vocabulary: Vocabulary
             )
 
 
-def write_stats(stats: EngineStats) -> pb.GetStatsResponse:
+def write_stats(stats: EngineStats, steps: StepTotals, num_known_adapters: int) -> pb.GetStatsResponse:
     """Returns the load as a message."""
     return pb.GetStatsResponse(
         running_sequences=stats.running_sequences,
@@ -96,6 +97,19 @@ def write_stats(stats: EngineStats) -> pb.GetStatsResponse:
         prompt_tokens_total=stats.prompt_tokens_total,
         completion_tokens_total=stats.completion_tokens_total,
         preemptions_total=stats.preemptions_total,
+        prefix_query_tokens_total=stats.prefix_query_tokens_total,
+        prefix_hit_tokens_total=stats.prefix_hit_tokens_total,
+        steps_total=steps.num_steps,
+        schedule_seconds_total=steps.schedule_s,
+        forward_seconds_total=steps.forward_s,
+        sample_seconds_total=steps.sample_s,
+        batch_sequences_total=steps.num_sequences,
+        drafted_tokens_total=steps.num_drafts,
+        accepted_tokens_total=steps.num_accepted,
+        loaded_adapters=stats.loaded_adapters,
+        known_adapters=num_known_adapters,
+        adapter_bytes=stats.adapter_bytes,
+        adapter_evictions_total=stats.adapter_evictions_total,
     )
 
 

@@ -50,22 +50,23 @@ class FolderAdapterStore:
 
     def find(self) -> list[AdapterOrder]:
         """See AdapterStore.find."""
-        orders: list[tuple[int, AdapterOrder]] = []
+        orders: list[AdapterOrder] = []
         for path in sorted((self._root / _FOLDER).glob(f"*/{MANIFEST_NAME}")):
             if path.parent.name.startswith("."):  # one that is being made
                 continue
             try:
                 manifest = Manifest.load(self._inside(f"{_FOLDER}/{path.parent.name}"))
                 self._check(manifest, manifest.id)
-                order = AdapterOrder(manifest.id, f"{_FOLDER}/{path.parent.name}", sha256_of(path))
+                order = AdapterOrder(
+                    manifest.id, f"{_FOLDER}/{path.parent.name}", sha256_of(path), manifest.created_unix_s
+                )
             except (PlatformError, OSError) as error:
                 is_ours = not isinstance(error, PlatformError) or error.reason != ANOTHER_BASE
                 level = logging.ERROR if is_ours else logging.INFO
                 log.log(level, "adapter skipped", extra={"folder": path.parent.name, "error": str(error)})
                 continue
-            orders.append((manifest.created_unix_s, order))
-        orders.sort(key=lambda pair: pair[0], reverse=True)
-        return [order for _, order in orders]
+            orders.append(order)
+        return sorted(orders, key=lambda order: order.created_unix_s, reverse=True)
 
     def _inside(self, path: str) -> Path:
         """Refuses what is no plain path below the store, or leads out of it through a link."""

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from generator.core import requests
+from generator.core import prefixes, requests
 from generator.core.adapters import LoadedAdapter
 from generator.core.completion import Completion
 from generator.core.events import Event, FinishReason, Summary
@@ -44,7 +44,7 @@ class Active:
             request_id=self.request.request_id,
             num_prompt=len(self.request.prompt_ids),
             num_completion=sum(completion.num_tokens for completion in self.completions),
-            num_cached=0,
+            num_cached=self.sequences[0].num_cached,  # the others find what the first one computed
             reasons=tuple(reasons),
             num_preemptions=sum(sequence.num_preemptions for sequence in self.sequences),
             arrived_s=self.arrived_s,
@@ -80,7 +80,9 @@ def make_active(
         sequences=[Sequence(request, i, 0, seed, most, suppressed, weights) for i in range(request.n)],
         completions=[Completion(i, request.stop, most, eos, vocabulary) for i in range(request.n)],
     )
-    if request.compiled is not None:
-        for sequence in active.sequences:
+    cache_root = prefixes.root(request.cache_salt, adapter.spec.manifest_sha256 if adapter else "")
+    for sequence in active.sequences:
+        sequence.cache_root = cache_root
+        if request.compiled is not None:
             sequence.matcher = request.compiled.matcher()
     return active

@@ -85,7 +85,7 @@ class BatchingEngine:
         self._work = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ended = asyncio.Event()
-        self._outbox = Outbox()
+        self._outbox = Outbox(self._adapters.tell_unused)
 
     # The event loop's side.
 
@@ -139,22 +139,32 @@ class BatchingEngine:
         with self._work:
             return self._adapters.specs()
 
-    async def load_adapter(self, files: AdapterFiles) -> AdapterSpec:
+    async def load_adapter(self, files: AdapterFiles, *, may_evict: bool = True) -> AdapterSpec:
         """See AdapterHost.load_adapter. Weights are read on a thread and swapped in between two steps."""
         spec = files.spec
         with self._work:
             loaded = self._adapters.get(spec.id)
             if loaded is not None and loaded.spec.manifest_sha256 == spec.manifest_sha256:
                 return loaded.spec
-            self._adapters.check_room(spec.id)
+            self._adapters.check_room(spec.id, may_evict=may_evict)
         adapter = LoadedAdapter(spec, await asyncio.to_thread(self._runner.read_adapter, files))
         with self._work:
-            self._adapters.check_room(spec.id, adapter.weights.size_bytes)
-        # Under no id yet: a client can have the adapter only when its probe was answered.
-        await probe.read_probe(spec, self._submit(probe.probe_request(spec, self.model), lambda _: None, adapter))
-        with self._work:
-            self._adapters.put(adapter)
+            evicted = self._adapters.enter(adapter, may_evict=may_evict)
+        for gone in evicted:
+            log.info("adapter evicted", extra={"adapter": gone.id, "version": gone.version, "for": spec.id})
+        try:
+            # Under no id yet: a client can have the adapter only when its probe was answered.
+            await probe.read_probe(spec, self._submit(probe.probe_request(spec, self.model), lambda _: None, adapter))
+            with self._work:
+                self._adapters.put(adapter)
+        finally:
+            with self._work:
+                self._adapters.drop(adapter)
         return spec
+
+    async def adapter_freed(self) -> None:
+        """See AdapterHost.adapter_freed."""
+        await self._adapters.freed()
 
     async def unload_adapter(self, adapter_id: str) -> None:
         """See AdapterHost.unload_adapter."""
@@ -181,6 +191,11 @@ class BatchingEngine:
                 prompt_tokens_total=self._prompt_tokens_total,
                 completion_tokens_total=self._completion_tokens_total,
                 preemptions_total=scheduler.num_preemptions,
+                prefix_query_tokens_total=scheduler.num_looked_up,
+                prefix_hit_tokens_total=scheduler.num_found,
+                loaded_adapters=len(self._adapters),
+                adapter_bytes=self._adapters.size_bytes,
+                adapter_evictions_total=self._adapters.num_evicted,
             )
 
     def drain(self) -> None:
@@ -285,19 +300,21 @@ class BatchingEngine:
         active = self._requests.get(sequence)
         if active is None:  # its request failed with another of its sequences, in this very step
             return
-        sequence.num_computed = work.end + max(0, len(outcome.tokens) - 1)  # all but the last were drafts
+        sequence.num_computed = work.end
         sequence.prompt_logprobs.extend(outcome.prompt_logprobs)
         if not active.is_started and sequence.index == 0 and sequence.num_computed >= sequence.num_prompt:
             self._start(active)
         completion = active.completions[sequence.index]
         try:
-            for sampled in outcome.tokens:
+            for place, sampled in enumerate(outcome.tokens):
+                sequence.num_computed += place > 0  # the token before was a draft: its keys and values are there
                 self._add(active, sequence, completion, sampled)
                 if completion.reason is not None:  # what was sampled past a stop does not exist
                     break
         except PlatformError as error:
             self._fail(active, error)
             return
+        self._scheduler.seal(sequence)
         if sequence.max_new_tokens == 0 and sequence.num_computed == sequence.num_prompt:
             completion.end(FinishReason.LENGTH)
         if completion.reason is not None:

@@ -23,6 +23,11 @@ class EngineStats:
     prompt_tokens_total: int
     completion_tokens_total: int
     preemptions_total: int
+    prefix_query_tokens_total: int = 0  # prompt tokens of admitted sequences
+    prefix_hit_tokens_total: int = 0  # those of them that the prefix cache spared
+    loaded_adapters: int = 0
+    adapter_bytes: int = 0  # the probed and the replaced that still run included
+    adapter_evictions_total: int = 0
 
 
 class AdapterHost(Protocol):
@@ -32,13 +37,18 @@ class AdapterHost(Protocol):
         """Returns what is loaded; a request names it by its id."""
         ...
 
-    async def load_adapter(self, files: AdapterFiles) -> AdapterSpec:
+    async def load_adapter(self, files: AdapterFiles, *, may_evict: bool = True) -> AdapterSpec:
         """Makes an adapter answer under its id; returns when a probe through it was answered.
 
         The same manifest again is answered at once. Another one takes the id over: requests that run finish with what
-        they began with. Nothing has changed where it raises PlatformError: INVALID_ARGUMENT for what the engine cannot
-        apply, DATA_LOSS for damaged weights, FAILED_PRECONDITION for a failed probe, OVERLOADED for no room.
+        they began with. Where room is short the least recently used adapter that nobody uses is evicted. What answered
+        under the id still does where it raises PlatformError: INVALID_ARGUMENT for what the engine cannot apply,
+        DATA_LOSS for damaged weights, FAILED_PRECONDITION for a failed probe, OVERLOADED with reason FULL for no room.
         """
+        ...
+
+    async def adapter_freed(self) -> None:
+        """Returns when the last request of some adapter has ended, so that it may be evicted."""
         ...
 
     async def unload_adapter(self, adapter_id: str) -> None:

@@ -58,6 +58,8 @@ class Summary:
     finished_s: float
     admitted_s: float | None = None
     first_token_s: float | None = None
+    num_drafted: int = 0  # tokens guessed by prompt lookup
+    num_accepted: int = 0  # those of them that were right
 
     @property
     def queue_s(self) -> float:
@@ -81,6 +83,12 @@ class Summary:
         """Mean time between the tokens of one completion; None where there was at most one."""
         per_completion = self.num_completion / max(1, len(self.reasons))
         return self.decode_s / (per_completion - 1) if per_completion > 1 else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens of all completions over the time from arrival to end; None where there were none."""
+        took_s = self.finished_s - self.arrived_s
+        return self.num_completion / took_s if self.num_completion and took_s > 0 else None
 
 
 @dataclass(frozen=True, slots=True)

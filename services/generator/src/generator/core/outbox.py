@@ -15,7 +15,9 @@ log = logging.getLogger(__name__)
 class Outbox:
     """Filled under the engine's lock and delivered without it, both on the engine's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_unused: Callable[[LoadedAdapter], None]) -> None:
+        """on_unused is called on the loop when the last request of an adapter has ended."""
+        self._on_unused = on_unused
         self._loop: asyncio.AbstractEventLoop | None = None
         self._to_wake: dict[TokenStream, None] = {}
         self._settled: list[tuple[Active, Summary]] = []
@@ -52,7 +54,7 @@ class Outbox:
         for active, summary in settled:
             self.call(active.context.run, active.on_settled, summary)
         for adapter in unused:
-            self.call(adapter.unused.set)
+            self.call(self._on_unused, adapter)
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:
         """Calls a function on the loop, soon."""

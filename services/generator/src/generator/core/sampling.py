@@ -68,6 +68,14 @@ def adjust(logits: Floats, rows: Seq[Row]) -> None:
             _constrain(values, sequence.matcher)
 
 
+def is_adjusted(row: Row) -> bool:
+    """Says whether `adjust` may change the logits of a row."""
+    sequence = row.sequence
+    is_suppressed = bool(sequence.suppressed_ids) and row.position < sequence.request.stop.min_tokens
+    asked = sequence.sampling
+    return asked.is_penalised or bool(asked.logit_bias) or is_suppressed or sequence.matcher is not None
+
+
 def draw(logits: Floats, rows: Seq[Row]) -> list[int]:
     """Returns one token for each row of adjusted `logits` [R, V]: the best one, or one drawn by its weights."""
     tokens = np.argmax(logits, axis=1)

@@ -12,6 +12,7 @@ import bisect
 from dataclasses import dataclass
 
 from chassis.errors import Code, PlatformError
+from generator.core import prefixes
 from generator.core.blocks import BlockManager
 from generator.core.sequences import Sequence, Work
 
@@ -37,9 +38,9 @@ class _Budget:
     prefill: int
     background: int | None
 
-    def tokens_for(self, sequence: Sequence) -> int:
+    def tokens_for(self, sequence: Sequence, num_cached: int = 0) -> int:
         """Returns how many tokens a sequence may compute; a decode of the foreground is never held back."""
-        missing = len(sequence.token_ids) - sequence.num_computed
+        missing = len(sequence.token_ids) - max(sequence.num_computed, num_cached)
         if sequence.is_background and self.background is not None:
             return min(missing, self.background)
         if missing == 1 and sequence.num_computed:
@@ -67,6 +68,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # sorted by order
         self.running: list[Sequence] = []  # sorted by order
         self.num_preemptions = 0
+        self.num_looked_up = 0  # prompt tokens of admitted sequences
+        self.num_found = 0  # those of them that were in the prefix cache
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queues a request's sequences, all or none. Raises PlatformError(OVERLOADED) where the queue is full."""
@@ -85,6 +88,15 @@ class Scheduler:
             if sequence in place:
                 place.remove(sequence)
         self.blocks.release(sequence.table)
+
+    def seal(self, sequence: Sequence) -> None:
+        """Lets others use the blocks that a sequence has filled; to be called when a step has been computed."""
+        num_full = sequence.num_computed // self.blocks.block_size
+        if num_full > sequence.num_sealed and self.blocks.caches_prefixes:
+            self._extend_keys(sequence, num_full)
+            for place in range(sequence.num_sealed, num_full):
+                self.blocks.seal(sequence.table[place], sequence.block_keys[place])
+            sequence.num_sealed = num_full
 
     def schedule(self) -> list[Work]:
         """Plans the next step: first what runs, in order, then new sequences. Empty where nothing waits or runs."""
@@ -126,20 +138,62 @@ class Scheduler:
 
     def _admit(self, step: list[Work], budget: "_Budget") -> None:
         """Admits in strict order: the first that does not fit holds back all behind it, so nobody starves."""
-        while self.waiting and len(self.running) < self._limits.max_running:
-            sequence = self.waiting[0]
-            num_tokens = budget.tokens_for(sequence)
+        place = 0
+        while place < len(self.waiting) and len(self.running) < self._limits.max_running:
+            sequence = self.waiting[place]
+            found = self._find_prefix(sequence)
+            if self._is_coming(sequence, len(found)):
+                place += 1
+                continue
+            num_tokens = budget.tokens_for(sequence, len(found) * self.blocks.block_size)
             if num_tokens <= 0 and sequence.is_background and not sequence.yields:
                 num_tokens = 1  # it has waited long enough, and must not hold back others for want of a token
             if num_tokens <= 0 or not self._has_blocks_for(sequence):
                 return
-            grown = self.blocks.grow(sequence.table, num_tokens)
+            self._adopt(sequence, found)
+            grown = self.blocks.grow(sequence.table, sequence.num_computed + num_tokens)
             assert grown
-            self.waiting.pop(0)
+            self.waiting.pop(place)
             bisect.insort(self.running, sequence, key=lambda s: s.order)
             step.append(Work(sequence, num_tokens))
             budget.take(sequence, num_tokens)
             self._note_overtaken(sequence)
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Returns the cached blocks that a waiting sequence could begin with."""
+        if not self.blocks.caches_prefixes:
+            return []
+        num_blocks = sequence.num_reusable // self.blocks.block_size
+        self._extend_keys(sequence, num_blocks)
+        return self.blocks.find(sequence.block_keys[:num_blocks])
+
+    def _is_coming(self, sequence: Sequence, num_found: int) -> bool:
+        """Whether one that goes first is computing the very block that a waiting one needs next.
+
+        So the n completions of a prompt, and requests that come together with one system prompt, compute it once.
+        """
+        if num_found >= sequence.num_reusable // self.blocks.block_size or not sequence.block_keys:
+            return False
+        key, end = sequence.block_keys[num_found], (num_found + 1) * self.blocks.block_size
+        return any(
+            other.num_computed < end and other.block_keys[num_found : num_found + 1] == [key]
+            for other in self.running
+            if other.order < sequence.order
+        )
+
+    def _adopt(self, sequence: Sequence, found: list[int]) -> None:
+        self.blocks.adopt(sequence.table, found)
+        sequence.num_sealed = len(found)
+        sequence.num_computed = len(found) * self.blocks.block_size
+        if sequence.num_preemptions == 0:
+            sequence.num_cached = sequence.num_computed
+            self.num_looked_up += sequence.num_prompt
+            self.num_found += sequence.num_cached
+
+    def _extend_keys(self, sequence: Sequence, num_blocks: int) -> None:
+        prefixes.extend(
+            sequence.block_keys, sequence.cache_root, sequence.token_ids, self.blocks.block_size, num_blocks
+        )
 
     def _note_overtaken(self, admitted: Sequence) -> None:
         """Counts, for the one in the background that has waited longest, that a later one was let past it."""
@@ -152,7 +206,8 @@ class Scheduler:
 
     def _has_blocks_for(self, sequence: Sequence) -> bool:
         """The whole prompt must fit now, though only a piece is computed: or half-read prompts preempt each other."""
-        return self.blocks.blocks_for(len(sequence.token_ids) + 1) <= self._free_of_claims()
+        needed = self.blocks.num_needed(len(sequence.token_ids) + 1, self._find_prefix(sequence))
+        return needed <= self._free_of_claims()
 
     def _free_of_claims(self) -> int:
         """Free blocks less those that running prompts will still need."""
@@ -163,7 +218,7 @@ class Scheduler:
         """Sends the last in order back to the queue; it will be computed anew (preemption by recompute)."""
         victim = self.running.pop()
         self.blocks.release(victim.table)
-        victim.num_computed = 0
+        victim.num_computed = victim.num_sealed = 0
         victim.num_preemptions += 1
         self.num_preemptions += 1
         bisect.insort(self.waiting, victim, key=lambda s: s.order)

@@ -22,8 +22,9 @@ class TokenLogprob:
 class Sequence:
     """One of a request's n completions.
 
-    `token_ids` holds prompt and completion; keys and values of the first `num_computed` lie in the blocks of `table`.
-    After a preemption num_computed is 0 again and the tokens stay: computing them anew gives the same state.
+    `token_ids` holds prompt and completion; keys and values of the first `num_computed` lie in the blocks of `table`,
+    of which the first `num_sealed` may be shared. After a preemption both are 0 and the tokens stay: computing them
+    anew, or finding them in the prefix cache, gives the same state.
     """
 
     request: GenerationRequest
@@ -38,6 +39,10 @@ class Sequence:
     num_prompt: int = 0
     num_computed: int = 0
     table: list[int] = field(default_factory=list)
+    cache_root: bytes = field(default=b"", repr=False)  # tenant and adapter: see core/prefixes.py
+    block_keys: list[bytes] = field(default_factory=list, repr=False)
+    num_sealed: int = 0
+    num_cached: int = 0  # tokens of the prompt that were found in the cache when it was admitted first
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list, repr=False)
     num_preemptions: int = 0
     num_overtaken: int = 0  # how often a later one was let past this one, which is in the background
@@ -74,6 +79,13 @@ class Sequence:
     @property
     def wants_prompt_logprobs(self) -> bool:
         return self.request.prompt_logprobs is not None and self.index == 0
+
+    @property
+    def num_reusable(self) -> int:
+        """Tokens that need not be computed if they are cached: all but the last, and none whose logits are missing."""
+        most = len(self.token_ids) - 1
+        is_scored = not self.wants_prompt_logprobs or len(self.prompt_logprobs) >= self.num_prompt - 1
+        return most if is_scored else min(most, len(self.prompt_logprobs))
 
 
 @dataclass(frozen=True, slots=True)

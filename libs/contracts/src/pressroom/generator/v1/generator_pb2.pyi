@@ -295,7 +295,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("running_sequences", "waiting_sequences", "blocks_used", "blocks_total", "prompt_tokens_total", "completion_tokens_total", "preemptions_total")
+    __slots__ = ("running_sequences", "waiting_sequences", "blocks_used", "blocks_total", "prompt_tokens_total", "completion_tokens_total", "preemptions_total", "prefix_query_tokens_total", "prefix_hit_tokens_total", "steps_total", "schedule_seconds_total", "forward_seconds_total", "sample_seconds_total", "batch_sequences_total", "drafted_tokens_total", "accepted_tokens_total", "loaded_adapters", "known_adapters", "adapter_bytes", "adapter_evictions_total")
     RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     WAITING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
@@ -303,6 +303,19 @@ class GetStatsResponse(_message.Message):
     PROMPT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERY_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HIT_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    STEPS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULE_SECONDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_SECONDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_SECONDS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SEQUENCES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    LOADED_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_EVICTIONS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     running_sequences: int
     waiting_sequences: int
     blocks_used: int
@@ -310,4 +323,17 @@ class GetStatsResponse(_message.Message):
     prompt_tokens_total: int
     completion_tokens_total: int
     preemptions_total: int
-    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_total: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., completion_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ...) -> None: ...
+    prefix_query_tokens_total: int
+    prefix_hit_tokens_total: int
+    steps_total: int
+    schedule_seconds_total: float
+    forward_seconds_total: float
+    sample_seconds_total: float
+    batch_sequences_total: int
+    drafted_tokens_total: int
+    accepted_tokens_total: int
+    loaded_adapters: int
+    known_adapters: int
+    adapter_bytes: int
+    adapter_evictions_total: int
+    def __init__(self, running_sequences: _Optional[int] = ..., waiting_sequences: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_total: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., completion_tokens_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., prefix_query_tokens_total: _Optional[int] = ..., prefix_hit_tokens_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., schedule_seconds_total: _Optional[float] = ..., forward_seconds_total: _Optional[float] = ..., sample_seconds_total: _Optional[float] = ..., batch_sequences_total: _Optional[int] = ..., drafted_tokens_total: _Optional[int] = ..., accepted_tokens_total: _Optional[int] = ..., loaded_adapters: _Optional[int] = ..., known_adapters: _Optional[int] = ..., adapter_bytes: _Optional[int] = ..., adapter_evictions_total: _Optional[int] = ...) -> None: ...

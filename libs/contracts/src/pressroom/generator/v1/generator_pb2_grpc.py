@@ -90,21 +90,22 @@ class GeneratorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the models and adapters that this replica serves.
+        """Lists the models and adapters that this replica serves, those included that are loaded when they are asked for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Loads an adapter; answers once a probe ran through it.
+        """Loads an adapter; answers once a probe ran through it. The least recently used one that nobody uses makes room.
+        RESOURCE_EXHAUSTED: all others are in use; it will be loaded when it is asked for.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Unloads an adapter; running requests that use it finish first.
+        """Unloads an adapter; running requests that use it finish first. Unknown until it is loaded or published again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -24,7 +24,7 @@ FLAGS = (
     *("-fno-exceptions", "-fno-rtti", "-nostdlib++"),
     *("-Wall", "-Wno-psabi"),
 )
-TARGETS = {
+TARGETS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
     ("Linux", "x86_64"): {
         "avx512": ("-target", "x86_64-linux-gnu.2.17", "-mcpu=x86_64_v4+avx512vnni"),
         "avx2": ("-target", "x86_64-linux-gnu.2.17", "-mcpu=x86_64_v3"),

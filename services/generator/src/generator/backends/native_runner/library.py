@@ -12,6 +12,7 @@ from chassis.errors import Code, PlatformError
 
 ABI = 1
 PARTS = ("q", "k", "v", "output", "gate", "up", "down")
+LAYER_ARRAYS = ("qkv", "output", "gate", "up", "down", "attention_norm", "mlp_norm")
 BUILDS_DIR = Path(__file__).parent / "_builds"
 _BEST_FIRST = ("avx512", "avx2", "neon")
 
@@ -24,7 +25,7 @@ class Config(ctypes.Structure):
     _fields_ = [
         *((name, _I32) for name in ("num_layers", "hidden", "intermediate", "num_heads", "num_kv_heads", "head_dim")),
         *((name, _I32) for name in ("vocab", "weight_bits", "num_threads", "block_size", "num_blocks")),
-        *((name, _I32) for name in ("context_length", "max_tokens", "max_rows", "max_sequences")),
+        *((name, _I32) for name in ("context_length", "max_tokens", "max_rows", "max_sequences", "wide_parts")),
         ("norm_eps", _F32),
     ]
 
@@ -32,7 +33,7 @@ class Config(ctypes.Structure):
 class Layer(ctypes.Structure):
     """PrLayer."""
 
-    _fields_ = [(name, _P) for name in ("qkv", "output", "gate", "up", "down", "attention_norm", "mlp_norm")]
+    _fields_ = [(name, _P) for name in LAYER_ARRAYS]
 
 
 class Factors(ctypes.Structure):

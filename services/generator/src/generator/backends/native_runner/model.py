@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from generator.backends.native_runner.library import Config, Draw, Layer, Step, load_library
+from generator.backends.native_runner.library import LAYER_ARRAYS, Config, Draw, Layer, Step, load_library
 from generator.backends.native_runner.weights import PackedWeights, Shape, rope_tables
 from generator.core.engine import OutOfMemory
 
@@ -27,6 +27,7 @@ class Limits:
     num_blocks: int
     context_length: int
     num_threads: int
+    wide_parts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class NativeModel:
         self._best = np.zeros(limits.max_rows, dtype=np.int32)
         layers = (Layer * shape.num_layers)()
         for number, layer in enumerate(layers):
-            for name, _ in Layer._fields_:
+            for name in LAYER_ARRAYS:
                 setattr(layer, name, weights.arrays[f"layers.{number}.{name}"].ctypes.data)
         arrays = weights.arrays
         head = arrays.get("head", arrays["embedding"])
@@ -105,7 +106,7 @@ _ARRAYS = ("token_ids", "positions", "starts", "tables", "table_starts", "rows",
 
 def _make_config(shape: Shape, weights: PackedWeights, limits: Limits) -> Config:
     sizes = ("num_layers", "hidden", "intermediate", "num_heads", "num_kv_heads", "head_dim", "vocab", "norm_eps")
-    bounds = ("num_threads", "num_blocks", "context_length", "max_tokens", "max_rows", "max_sequences")
+    bounds = ("num_threads", "num_blocks", "context_length", "max_tokens", "max_rows", "max_sequences", "wide_parts")
     return Config(
         weight_bits=weights.weight_bits,
         block_size=BLOCK_SIZE,
