@@ -15,7 +15,7 @@ from vllm_standin import StandIn, serving
 from chassis.errors import Code, PlatformError
 from generator.backends.toy import EOS, VOCAB_SIZE, ByteTokenizer
 from generator.backends.vllm_engine import VllmClient, VllmEngine, VllmOptions, make_model, wire
-from generator.backends.vllm_engine.engine import CAPABILITIES
+from generator.backends.vllm_engine.model import CAPABILITIES
 from generator.core.events import Delta, FinishReason
 from generator.core.requests import GenerationRequest, ModelSpec, SamplingParams, StopParams
 from generator.core.sequences import Sequence
@@ -39,14 +39,14 @@ async def standin() -> AsyncIterator[StandIn]:
 
 
 @pytest.fixture
-async def start(tmp_path: Path) -> AsyncIterator[Start]:
+async def start() -> AsyncIterator[Start]:
     """Starts engines for a URL; they may become ready or not."""
     engines: list[VllmEngine] = []
     watches = []
 
     def make(url: str, key: str | None = None, silence_s: float = 30.0, **options: object) -> VllmEngine:
         client = VllmClient(url, key, silence_s)
-        fields = VllmOptions(adapter_dir=tmp_path / "adapters", look_s=LOOK_S)
+        fields = VllmOptions(look_s=LOOK_S)
         engine = VllmEngine(client, MODEL, ByteTokenizer(), replace(fields, **options))  # type: ignore[arg-type]
         engine.start()
         engines.append(engine)
@@ -67,7 +67,16 @@ async def engine(standin: StandIn, start: Start) -> VllmEngine:
     return engine
 
 
+@pytest.fixture
+async def tuning_engine(standin: StandIn, start: Start, tmp_path: Path) -> VllmEngine:
+    engine = start(standin.url, adapter_dir=tmp_path / "adapters")
+    await eventually(lambda: engine.is_ready)
+    return engine
+
+
 class TestVllmEngine(EngineSuite):
+    """Without adapters: asking for them is refused."""
+
     STATS_LAG = True
 
     @pytest.fixture
@@ -79,16 +88,14 @@ class TestVllmEngine(EngineSuite):
         return make_adapter
 
 
-class TestVllmEngineWithoutAdapters(EngineSuite):
-    """With no folder that both see it declares no adapters: those tests are skipped after a refusal."""
+class TestVllmEngineWithAdapters(EngineSuite):
+    """Without the log probabilities of prompts: asking for them is refused."""
 
     STATS_LAG = True
 
     @pytest.fixture
-    async def engine(self, standin: StandIn, start: Start) -> VllmEngine:
-        engine = start(standin.url, adapter_dir=None)
-        await eventually(lambda: engine.is_ready)
-        return engine
+    async def engine(self, tuning_engine: VllmEngine) -> VllmEngine:
+        return tuning_engine
 
     @pytest.fixture
     def make_adapter(self, make_adapter: MakeAdapter) -> MakeAdapter:
@@ -166,6 +173,17 @@ async def test_silence_without_a_deadline_ends_too(standin: StandIn, start: Star
     assert (await _refusal(engine)).code is Code.UNAVAILABLE
 
 
+async def test_without_a_folder_that_both_see_there_are_no_adapters(
+    standin: StandIn, start: Start, make_adapter: MakeAdapter
+) -> None:
+    engine = start(standin.url)
+    await eventually(lambda: engine.is_ready)
+    assert "lora" not in engine.model.capabilities
+    with pytest.raises(PlatformError) as raised:
+        await engine.load_adapter(make_adapter("toy:a", 1))
+    assert raised.value.code is Code.UNIMPLEMENTED and "GENERATOR_VLLM_ADAPTER_DIR" in raised.value.message
+
+
 # A vLLM that goes, comes and lies.
 
 
@@ -181,7 +199,7 @@ async def test_a_vllm_that_comes_back_gets_its_adapters_again(
     start: Start, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     port = free_port()
-    engine = start(f"http://127.0.0.1:{port}")
+    engine = start(f"http://127.0.0.1:{port}", adapter_dir=tmp_path / "adapters")
     async with serving(StandIn(), port) as first:
         await eventually(lambda: engine.is_ready)
         files = make_adapter("toy:a", 1)
@@ -252,13 +270,13 @@ async def test_the_key_is_sent_and_a_wrong_one_is_our_fault(standin: StandIn, st
 
 
 async def test_weights_that_nobody_uses_leave_vllm_and_the_folder(
-    engine: VllmEngine, standin: StandIn, make_adapter: MakeAdapter, tmp_path: Path
+    tuning_engine: VllmEngine, standin: StandIn, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     old, new = make_adapter("toy:a", 1), make_adapter("toy:a", 2)
-    await engine.load_adapter(old)
-    await engine.load_adapter(new)
+    await tuning_engine.load_adapter(old)
+    await tuning_engine.load_adapter(new)
     await eventually(lambda: list(standin.adapters) == [f"toy:a@{new.spec.version}"])
-    await engine.unload_adapter("toy:a")
+    await tuning_engine.unload_adapter("toy:a")
     assert standin.adapters == {} and list((tmp_path / "adapters").iterdir()) == []
 
 
