@@ -60,6 +60,10 @@ class GeneratorSettings(ServiceSettings):
     max_mixed_prefill_tokens: int = Field(
         256, ge=1, le=65536, description="Most prompt tokens in a step that others decode in; longer prompts are paced."
     )
+    grammar_timeout_s: float = Field(
+        0.7, gt=0, le=60, description="Longest time that a grammar may take to compile, in seconds."
+    )
+    grammar_cache_size: int = Field(128, ge=1, le=65536, description="Compiled grammars that are kept.")
     # Less spares running streams and makes long prompts wait for longer; the README has the figures.
     max_slowdown: float = Field(
         1.8, ge=1, le=1000, description="How many times as long a step may take with a piece of a long prompt."
