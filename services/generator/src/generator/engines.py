@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 OnStep = Callable[[StepReport], None]
 _GRAMMAR_WORKERS = 2
-_MAX_DRAFTS = 8  # for each running sequence
 
 
 class ServedEngine(Engine, Protocol):
@@ -108,8 +107,9 @@ def load_native(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
     """Verifies the model's files, then maps its packed weights and warms them up. Raises PlatformError."""
     manifest = Manifest.load(settings.model_dir)
     manifest.verify()
-    # Every running sequence may bring drafts into a step, on top of the tokens that the scheduler counts.
-    most = settings.max_step_tokens + settings.max_background_tokens + settings.max_running * (1 + _MAX_DRAFTS)
+    # Running sequences may bring drafts into a step, on top of the tokens that the scheduler counts.
+    most = max(settings.max_step_tokens, settings.max_running) + settings.max_background_tokens
+    most += settings.max_running * settings.max_drafts
     options = native_runner.RunnerOptions(
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_mb * 1024 * 1024,

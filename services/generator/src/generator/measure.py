@@ -91,9 +91,7 @@ def load(folder: Path, engine: str, weights: str, num_threads: int) -> tuple[Any
         from generator.backends.torch_runner import RunnerOptions, make_runner
 
         dtype: Any = weights if weights in ("bf16", "fp32") else "auto"
-        runner: Any = make_runner(
-            folder, RunnerOptions(max_model_len, kv_cache_bytes, 16, num_threads, dtype), **named
-        )
+        runner: Any = make_runner(folder, RunnerOptions(max_model_len, kv_cache_bytes, 16, num_threads, dtype), **named)
     else:
         from generator.backends import native_runner
 
