@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from chassis.errors import Code, PlatformError
+from generator.api import accounting
 from generator.api.grammars import GrammarDesk
+from generator.api.metering import MeteredCompiler
 from generator.backends import native_runner
 from generator.backends.hf_tokenizer import HfTokenizer
 from generator.backends.llguidance_grammar import LlguidanceCompiler, byte_tokenizer, load_tokenizer
@@ -224,5 +226,6 @@ def _batching(
         runner, tokenizer, blocks, limits, adapter_limits(settings), grammars=compiler, on_step=on_step
     )
     # A new process, where one was killed, comes on top of the budget.
-    desk = GrammarDesk(compiler, timeout_s=3 * settings.grammar_timeout_s, num_threads=_GRAMMAR_WORKERS)
+    metered = MeteredCompiler(compiler, accounting.SERVICE)
+    desk = GrammarDesk(metered, timeout_s=3 * settings.grammar_timeout_s, num_threads=_GRAMMAR_WORKERS)
     return Chosen(engine, tokenizer, grammars=desk)
