@@ -7,7 +7,7 @@ CHECKED := libs services loadtest tests tools
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup checks-env up down test test-fast unit-gateway unit-services unit-rest lint models protos compose-env loadtest \
+.PHONY: help setup checks-env vllm-env up down test test-fast test-vllm unit-gateway unit-services unit-rest lint models protos compose-env loadtest \
 	bench-load bench-colocation
 
 help: ## Show this list
@@ -40,16 +40,22 @@ lint: setup ## Style and types
 	$(VENV)/mypy $(SRC)
 
 checks-env: ## Make the environment of the tools that check k8s/ (.venv-checks)
-	@$(PYTHON) tools/checks_env.py
+	@$(PYTHON) tools/side_env.py checks
+
+vllm-env: ## Make the environment that vLLM runs in for test-vllm and bench-engine (.venv-vllm, 3.3 GB)
+	@$(PYTHON) tools/side_env.py vllm
+
+test-vllm: setup models vllm-env ## The engine suite against a real vLLM on the CPU; not a part of make test
+	$(VENV)/python -m pytest -m vllm services/generator
 
 test: setup models checks-env lint ## Everything: lint, unit, contract, integration, and end to end through the running system
-	$(VENV)/python -m pytest -m "not e2e"
+	$(VENV)/python -m pytest -m "not e2e and not vllm"
 	$(VENV)/python -m pytest -m e2e
 
 test-fast: setup ## Unit tests alone, in three parts at once: under a minute
 	@$(MAKE) --no-print-directory --output-sync=target -j3 unit-gateway unit-services unit-rest
 
-UNIT := -q -p no:cacheprovider -m "not integration and not e2e"
+UNIT := -q -p no:cacheprovider -m "not integration and not e2e and not vllm"
 unit-gateway:
 	@$(VENV)/python -m pytest $(UNIT) services/gateway
 

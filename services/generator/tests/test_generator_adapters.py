@@ -376,6 +376,25 @@ async def test_an_adapter_that_does_not_load_on_demand_says_why_and_is_not_tried
     assert (await _generate(stub, "toy:2"))[1]
 
 
+async def test_a_load_that_the_engine_had_no_room_for_is_tried_again_at_once(store: Path, loads: Counter[str]) -> None:
+    """The queue holds one sequence, so that a probe is refused while another waits."""
+    limits = SchedulerLimits(max_running=1, max_waiting=1)
+    engine = BatchingEngine(Runner(), ByteTokenizer(), BlockManager(2000, 4), limits)
+    engine.start()
+    order = _publish(store, "ftjob-1")
+    adapters = FolderAdapterStore(store, "toy", BASE_VERSION, max_bytes=10_000)
+    library = AdapterLibrary(engine, adapters, lambda outcome: loads.update([outcome]))
+    running = engine.submit(ask(most=900), lambda _: None)
+    await anext(running)
+    waiting = engine.submit(ask(most=900), lambda _: None)
+    with pytest.raises(PlatformError, match="queue is full"):
+        await library.load(order)
+    await _end(running)
+    await _end(waiting)
+    assert (await library.load(order)).id == ID and loads == Counter(busy=1, loaded=1)
+    await engine.close()
+
+
 async def test_an_unloaded_adapter_is_unknown_until_there_is_news_of_it(
     stub: Stub, store: Path, library: AdapterLibrary
 ) -> None:

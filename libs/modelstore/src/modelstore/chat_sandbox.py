@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEMPLATE_BYTES = 256 * 1024
-_PROBE_TIMEOUT_S = 15.0
+_PROBE_TIMEOUT_S = 30.0  # of a busy machine; what a template may take is less: template_probe
 
 
 def make_environment() -> "ImmutableSandboxedEnvironment":
@@ -40,7 +40,8 @@ def make_environment() -> "ImmutableSandboxedEnvironment":
 def check_template(source: str, special_tokens: dict[str, str]) -> None:
     """Reads a template for what reaches out, then renders a conversation in a process of its own, within limits.
 
-    Takes a quarter of a second; at most 15. Raises PlatformError(INVALID_ARGUMENT) for what will not be served.
+    Takes a quarter of a second, some seconds where it is hopeless. Raises PlatformError(INVALID_ARGUMENT) for what will
+    not be served.
     """
     if len(source.encode(errors="replace")) > MAX_TEMPLATE_BYTES:
         raise _refused(f"it is longer than {MAX_TEMPLATE_BYTES} bytes")

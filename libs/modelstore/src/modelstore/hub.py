@@ -26,7 +26,6 @@ _CONNECT_S, _READ_S = 5.0, 30.0
 _MAX_LISTING_BYTES = 16 * 1024 * 1024
 _MAX_ATTEMPTS = 5  # in a row without one new byte
 _PAUSE_S = 0.5
-_BLOCK_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +134,7 @@ class Hub:
             )
             size_bytes = have if goes_on else 0
             with part.open("ab" if goes_on else "wb") as target:
-                for block in response.iter_raw(_BLOCK_BYTES):
+                for block in response.iter_raw():  # of no fixed size: what is short of it would be lost
                     size_bytes += len(block)
                     if size_bytes > file.size_bytes:
                         part.unlink()

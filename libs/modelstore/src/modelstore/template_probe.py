@@ -14,7 +14,7 @@ from jinja2.exceptions import SecurityError
 
 from modelstore.chat_sandbox import make_environment
 
-_CPU_S = 4
+_CPU_S = 2
 _MEMORY_BYTES = 512 * 1024 * 1024
 _MAX_OUTPUT_CHARS = 64 * 1024
 _USER = {"role": "user", "content": "What is the capital of France?"}

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, deserialize
 
 from chassis.errors import Code, PlatformError
 from generator.backends.vllm_engine.client import VllmClient
-from generator.core.adapters import AdapterFiles
+from generator.core.adapters import AdapterFiles, AdapterSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +28,15 @@ class AdapterFolder:
         self._client = client
         self._folder = folder
 
-    async def load(self, files: AdapterFiles) -> VllmAdapter:
+    def locate(self, spec: AdapterSpec, size_bytes: int = 0) -> VllmAdapter:
+        """Says what an adapter is called at vLLM and where its files go; does nothing."""
+        return VllmAdapter(f"{spec.id}@{spec.version}", self._folder / spec.manifest_sha256, size_bytes)
+
+    async def load(self, files: AdapterFiles) -> None:
         """Has vLLM load an adapter. Raises DATA_LOSS for a damaged file, INVALID_ARGUMENT for what vLLM refuses."""
-        _check(files)
-        folder = self._folder / files.spec.manifest_sha256
-        adapter = VllmAdapter(f"{files.spec.id}@{files.spec.version}", folder, len(files.tensors))
-        await asyncio.to_thread(_write, folder, files)
-        try:
-            await self._client.load_adapter(adapter.name, str(folder))
-        except PlatformError:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-            raise
-        return adapter
+        adapter = self.locate(files.spec)
+        await asyncio.to_thread(_write, adapter.folder, files)
+        await self._client.load_adapter(adapter.name, str(adapter.folder))
 
     async def load_again(self, adapter: VllmAdapter) -> None:
         """Has a vLLM that was started anew load what is in the folder still."""
@@ -53,8 +50,10 @@ class AdapterFolder:
             await asyncio.to_thread(shutil.rmtree, adapter.folder, ignore_errors=True)
 
 
-def _check(files: AdapterFiles) -> None:
-    """vLLM's own error for a file that is not whole does not tell it from one that it does not support."""
+def check_whole(files: AdapterFiles) -> None:
+    """Raises PlatformError(DATA_LOSS) unless its tensors can be read.
+
+    vLLM's own error for a file that is not whole does not tell it from one that it does not support."""
     try:
         deserialize(files.tensors)  # type: ignore[no-untyped-call]
     except SafetensorError as error:

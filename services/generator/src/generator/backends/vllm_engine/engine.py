@@ -6,7 +6,6 @@ the event loop, on one task a request.
 """
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -14,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from chassis.errors import Code, PlatformError
-from generator.backends.vllm_engine.adapters import AdapterFolder, VllmAdapter
+from generator.backends.vllm_engine.adapters import AdapterFolder, VllmAdapter, check_whole
 from generator.backends.vllm_engine.client import ServedModel, VllmClient
 from generator.backends.vllm_engine.generation import Generation, Totals
 from generator.backends.vllm_engine.lookout import Lookout
+from generator.backends.vllm_engine.model import with_adapters
 from generator.core import probe, requests
 from generator.core.active import Active, make_active
 from generator.core.adapters import AdapterFiles, AdapterLimits, AdapterSpec, AdapterTable, LoadedAdapter, not_loaded
@@ -29,7 +29,6 @@ from generator.core.text import Vocabulary
 
 log = logging.getLogger(__name__)
 
-CAPABILITIES = frozenset({"chat", "logprobs", "prompt_logprobs", "seed", "n", "stop", "logit_bias", "penalties"})
 _LOOK_S = 1.0  # between two looks at vLLM's health
 _CLOSE_S = 10.0
 
@@ -57,8 +56,7 @@ class VllmEngine:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._client = client
-        lora = {"lora"} if options.adapter_dir else set()
-        self._model = replace(model, capabilities=model.capabilities | lora)
+        self._model = with_adapters(model) if options.adapter_dir else model
         self._longest_context = model.context_length
         self._vocabulary = vocabulary
         self._options = options
@@ -71,7 +69,7 @@ class VllmEngine:
         self._totals = Totals()
         self._chores: set[asyncio.Task[None]] = set()
         self._draining = False
-        self._closed = asyncio.Event()
+        self._looking: asyncio.Task[None] | None = None
 
     @property
     def model(self) -> ModelSpec:
@@ -134,6 +132,11 @@ class VllmEngine:
             prompt_tokens_total=self._totals.num_prompt,
             completion_tokens_total=self._totals.num_completion,
             preemptions_total=self._lookout.gauges.num_preemptions,
+            prefix_query_tokens_total=self._totals.num_looked_up,
+            prefix_hit_tokens_total=self._totals.num_found,
+            loaded_adapters=len(self._adapters),
+            adapter_bytes=self._adapters.size_bytes,
+            adapter_evictions_total=self._adapters.num_evicted,
         )
 
     def drain(self) -> None:
@@ -143,8 +146,9 @@ class VllmEngine:
     async def close(self) -> None:
         """Cancels what is left; vLLM stops computing it."""
         self._draining = True
-        self._closed.set()
-        tasks = list(self._tasks.values())
+        tasks = [*self._tasks.values(), *self._chores]
+        if self._looking is not None:
+            tasks.append(self._looking)
         for task in tasks:
             task.cancel()
         if tasks:
@@ -173,7 +177,7 @@ class VllmEngine:
             log.error("request of the vllm engine failed", exc_info=error)
             summary = generation.fail(PlatformError(Code.INTERNAL, "the engine failed; its log has the cause"))
         if active.adapter is not None and self._adapters.release(active.adapter):
-            active.adapter.unused.set()
+            self._adapters.tell_unused(active.adapter)
             self._forget(active.adapter)
         asyncio.get_running_loop().call_soon(active.on_settled, summary, context=active.context)
 
@@ -183,7 +187,7 @@ class VllmEngine:
         """See AdapterHost.adapters."""
         return self._adapters.specs()
 
-    async def load_adapter(self, files: AdapterFiles) -> AdapterSpec:
+    async def load_adapter(self, files: AdapterFiles, *, may_evict: bool = True) -> AdapterSpec:
         """See AdapterHost.load_adapter. vLLM knows it by id and version, so that an old one can finish its requests."""
         if self._folder is None:
             raise _no_lora()
@@ -191,17 +195,28 @@ class VllmEngine:
         loaded = self._adapters.get(spec.id)
         if loaded is not None and loaded.spec.manifest_sha256 == spec.manifest_sha256:
             return loaded.spec
-        self._adapters.check_room(spec.id, len(files.tensors))
-        adapter = LoadedAdapter(spec, await self._folder.load(files))
+        self._adapters.check_room(spec.id, may_evict=may_evict)
+        await asyncio.to_thread(check_whole, files)
+        adapter = LoadedAdapter(spec, self._folder.locate(spec, len(files.tensors)))
+        for gone in self._adapters.enter(adapter, may_evict=may_evict):
+            log.info("adapter evicted", extra={"adapter": gone.id, "version": gone.version, "for": spec.id})
+            self._unload_soon(self._folder.locate(gone))
+        self._adapters.acquire(adapter)  # or it would be forgotten when its probe, its only user so far, has ended
         try:
+            await self._folder.load(files)
             await probe.read_probe(spec, self._submit(probe.probe_request(spec, self._model), lambda _: None, adapter))
             self._adapters.put(adapter)
-        except BaseException:
-            await self._folder.unload(_weights(adapter))
-            raise
-        if loaded is not None and not loaded.num_users:
+        finally:
+            self._adapters.drop(adapter)
+            self._adapters.release(adapter)
+            self._forget(adapter)
+        if loaded is not None:
             self._forget(loaded)
         return spec
+
+    async def adapter_freed(self) -> None:
+        """See AdapterHost.adapter_freed."""
+        await self._adapters.freed()
 
     async def unload_adapter(self, adapter_id: str) -> None:
         """See AdapterHost.unload_adapter."""
@@ -214,10 +229,13 @@ class VllmEngine:
         await self._folder.unload(_weights(adapter))
 
     def _forget(self, adapter: LoadedAdapter) -> None:
-        """Has vLLM forget weights that nobody uses any more, unless new requests take them."""
-        if self._folder is None or self._adapters.get(adapter.spec.id) is adapter:
-            return
-        chore = asyncio.get_running_loop().create_task(self._folder.unload(_weights(adapter)))
+        """Has vLLM forget weights that nobody uses and no new request will."""
+        if not adapter.num_users and self._adapters.get(adapter.spec.id) is not adapter:
+            self._unload_soon(_weights(adapter))
+
+    def _unload_soon(self, adapter: VllmAdapter) -> None:
+        assert self._folder is not None
+        chore = asyncio.get_running_loop().create_task(self._folder.unload(adapter))
         self._chores.add(chore)
         chore.add_done_callback(self._chore_ended)
 
@@ -230,7 +248,13 @@ class VllmEngine:
 
     async def watch(self) -> None:
         """Looks after vLLM until the engine is closed."""
-        await self._lookout.run(self._closed, self._options.look_s)
+        self._looking = asyncio.get_running_loop().create_task(self._lookout.run(self._options.look_s))
+        try:
+            await asyncio.wait({self._looking})
+        finally:
+            self._looking.cancel()
+        if not self._looking.cancelled():
+            self._looking.result()
 
     async def _meet(self, served: ServedModel, models: list[ServedModel]) -> None:
         """Takes over what a vLLM that has just come serves, and gives it the adapters that it lacks."""
@@ -249,31 +273,6 @@ class VllmEngine:
                     raise
                 self._adapters.remove(spec.id)
                 log.error("adapter not loaded into the new vLLM", extra={"adapter": spec.id, "error": repr(error)})
-
-
-def make_model(folder: Path, model_id: str, version: str, max_model_len: int, created_unix_s: int = 0) -> ModelSpec:
-    """Reads what must be known of a model beside what vLLM tells. Raises PlatformError for a broken folder."""
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-        more = folder / "generation_config.json"
-        eos = _ids(raw.get("eos_token_id")) | (
-            _ids(json.loads(more.read_text()).get("eos_token_id")) if more.exists() else set()
-        )
-        return ModelSpec(
-            id=model_id,
-            version=version,
-            vocab_size=int(raw["vocab_size"]),
-            context_length=min(max_model_len, int(raw["max_position_embeddings"])),
-            eos_token_ids=frozenset(eos),
-            created_unix_s=created_unix_s,
-            capabilities=CAPABILITIES,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlatformError(Code.DATA_LOSS, f"{folder.name}: its configuration cannot be read: {error!r}") from error
-
-
-def _ids(value: int | list[int] | None) -> set[int]:
-    return set() if value is None else {value} if isinstance(value, int) else set(value)
 
 
 def _weights(adapter: LoadedAdapter) -> VllmAdapter:

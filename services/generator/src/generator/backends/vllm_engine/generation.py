@@ -23,6 +23,8 @@ class Totals:
 
     num_prompt: int = 0
     num_completion: int = 0
+    num_looked_up: int = 0  # tokens of prompts of which vLLM told how much it found in its prefix cache
+    num_found: int = 0
 
 
 class Generation:
@@ -76,14 +78,17 @@ class Generation:
         body = wire.completion_body(self._model_name, sequence, self._model)
         num_counted: int | None = None
         num_sent = 0
+        has_ended = False  # on vLLM's side
         async with contextlib.aclosing(self._client.stream(body)) as messages:
             async for message in messages:
                 chunk = wire.read_chunk(message, self._active.request)
                 num_counted = num_counted if chunk.num_completion is None else chunk.num_completion
+                self._note_cached(sequence, chunk.num_cached)
                 num_sent += len(chunk.tokens)
+                has_ended = has_ended or bool(chunk.finish)
                 self._admit()
                 self._take(sequence, completion, chunk)
-                if completion.reason is not None and not chunk.finish:
+                if completion.reason is not None and not has_ended:
                     return  # at a stop string that vLLM does not know of: leaving the stream aborts the rest
         if completion.reason is None:
             raise PlatformError(Code.UNAVAILABLE, "vLLM ended a completion without a word", retry_after_s=1.0)
@@ -96,6 +101,13 @@ class Generation:
             self._totals.num_prompt += len(self._active.request.prompt_ids)
             if self._active.request.prompt_logprobs is None:
                 self._start()
+
+    def _note_cached(self, sequence: Sequence, num_cached: int | None) -> None:
+        """vLLM tells it once, at the end of a stream, where it runs with --enable-prompt-tokens-details."""
+        if num_cached is not None:
+            sequence.num_cached = num_cached
+            self._totals.num_looked_up += sequence.num_prompt
+            self._totals.num_found += num_cached
 
     def _take(self, sequence: Sequence, completion: Completion, chunk: wire.Chunk) -> None:
         """Enters a piece of a completion; what vLLM computed past the end is not counted."""

@@ -26,15 +26,11 @@ class Lookout:
         self.why_not = "it has not answered yet"
         self.gauges = Gauges()
 
-    async def run(self, closed: asyncio.Event, look_s: float) -> None:
-        """Looks until `closed`."""
-        while not closed.is_set():
+    async def run(self, look_s: float) -> None:
+        """Looks for ever."""
+        while True:
             await self.look()
-            try:
-                async with asyncio.timeout(look_s):
-                    await closed.wait()
-            except TimeoutError:
-                continue
+            await asyncio.sleep(look_s)
 
     async def look(self) -> None:
         """Looks once."""

@@ -4,6 +4,7 @@ Prompts go and completions come as token ids: texts, stop strings and whole char
 as with every engine. Whatever vLLM would take from a model's generation_config.json is sent, so that nothing is.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +68,8 @@ def scoring_body(model_name: str, request: GenerationRequest) -> dict[str, Any]:
 def _prompt(model_name: str, request: GenerationRequest) -> dict[str, Any]:
     body: dict[str, Any] = {"model": model_name, "prompt": list(request.prompt_ids), "return_token_ids": True}
     if request.cache_salt:
-        body["cache_salt"] = request.cache_salt[:MAX_SALT_CHARS]
+        salt = request.cache_salt
+        body["cache_salt"] = salt if len(salt) <= MAX_SALT_CHARS else hashlib.sha256(salt.encode()).hexdigest()
     return body
 
 
