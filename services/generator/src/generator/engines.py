@@ -32,6 +32,7 @@ from modelstore import Manifest
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[StepReport], None]
+_SERVICE = "generator"
 _GRAMMAR_WORKERS = 2
 
 
