@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from chassis.errors import Code, PlatformError
+from generator.api import accounting
 from generator.api.grammars import GrammarDesk
+from generator.api.metering import MeteredCompiler
 from generator.backends import native_runner
 from generator.backends.hf_tokenizer import HfTokenizer
 from generator.backends.llguidance_grammar import LlguidanceCompiler, byte_tokenizer, load_tokenizer
@@ -31,7 +33,6 @@ log = logging.getLogger(__name__)
 
 OnStep = Callable[[StepReport], None]
 _GRAMMAR_WORKERS = 2
-_MAX_DRAFTS = 8  # for each running sequence
 
 
 class ServedEngine(Engine, Protocol):
@@ -106,8 +107,9 @@ def load_native(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
     """Verifies the model's files, then maps its packed weights and warms them up. Raises PlatformError."""
     manifest = Manifest.load(settings.model_dir)
     manifest.verify()
-    # Every running sequence may bring drafts into a step, on top of the tokens that the scheduler counts.
-    most = settings.max_step_tokens + settings.max_background_tokens + settings.max_running * (1 + _MAX_DRAFTS)
+    # Running sequences may bring drafts into a step, on top of the tokens that the scheduler counts.
+    most = max(settings.max_step_tokens, settings.max_running) + settings.max_background_tokens
+    most += settings.max_running * settings.max_drafts
     options = native_runner.RunnerOptions(
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_mb * 1024 * 1024,
@@ -224,5 +226,6 @@ def _batching(
         runner, tokenizer, blocks, limits, adapter_limits(settings), grammars=compiler, on_step=on_step
     )
     # A new process, where one was killed, comes on top of the budget.
-    desk = GrammarDesk(compiler, timeout_s=3 * settings.grammar_timeout_s, num_threads=_GRAMMAR_WORKERS)
+    metered = MeteredCompiler(compiler, accounting.SERVICE)
+    desk = GrammarDesk(metered, timeout_s=3 * settings.grammar_timeout_s, num_threads=_GRAMMAR_WORKERS)
     return Chosen(engine, tokenizer, grammars=desk)

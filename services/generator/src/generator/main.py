@@ -19,7 +19,6 @@ from generator.core.requests import ModelSpec
 from generator.settings import GeneratorSettings
 from modelstore import Manifest
 
-
 # Seconds that the engine's thread may wait for the event loop to hand over the interpreter; Python's own 0.005 is as
 # long as a step.
 _SWITCH_INTERVAL_S = 0.0005
