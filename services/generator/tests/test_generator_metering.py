@@ -139,6 +139,8 @@ class _Compiler:
             raise PlatformError(Code.INVALID_ARGUMENT, "not this one", param="grammar")
         return self  # type: ignore[return-value]
 
+    def close(self) -> None: ...
+
 
 def test_grammars_are_counted_and_timed_by_what_came_of_them() -> None:
     compiler = MeteredCompiler(_Compiler(), SERVICE)

@@ -1,23 +1,29 @@
 """What a model costs before and after quantising, measured by the generator's own measure in processes beside."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 _TIMEOUT_S = 900.0
+# As the services run: threads that wait by spinning take the cores from each other.
+_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 
 class MeasureFailed(Exception):
     """A measurement that did not come to an end; the message says why."""
 
 
-def measure(folder: Path, engine: str, weights: str) -> dict[str, Any]:
+def measure(folder: Path, engine: str, weights: str, text: Path | None = None) -> dict[str, Any]:
     """Returns tokens, perplexity, speeds, memory and load time of one form of a model. Blocks; raises MeasureFailed."""
     argv = ["-m", "generator.measure", "--model-dir", str(folder), "--engine", engine, "--weights", weights]
+    argv += ["--text", str(text)] if text else []
     try:
-        done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=_TIMEOUT_S)
+        done = subprocess.run(
+            [sys.executable, *argv], capture_output=True, text=True, timeout=_TIMEOUT_S, env=os.environ | _ENV
+        )
     except subprocess.TimeoutExpired:
         raise MeasureFailed(f"{engine} {weights}: not done after {_TIMEOUT_S:.0f} s") from None
     if done.returncode:

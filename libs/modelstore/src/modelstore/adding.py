@@ -8,8 +8,6 @@ import contextlib
 import functools
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from chassis.errors import Code, PlatformError
-from modelstore import folders, gguf_llama, origins, store, vetting
+from modelstore import folders, gguf_llama, origins, prepare, store
 from modelstore.formats import WEIGHTS_NAME, formats_of, link_files, pack
 from modelstore.hub import DEFAULT_ENDPOINT, Hub, HubModel
 from modelstore.manifest import Manifest, sha256_of, write_manifest
 from modelstore.origins import Origin
 from modelstore.packing import PackFormat
-from modelstore.tensors import TensorFile
 
 _WAIT_S = 4 * 3600.0  # another add of the same model may be fetching it
 _SPARE_BYTES = 64 * 1024 * 1024
@@ -97,18 +94,7 @@ class _Run:
         if self._order.pins:
             origins.check_pins(self._order.pins, {Path(n).name: s for n, s in origin.package.inputs.items()})
         self._notes.append(f"verified against the table of sources: {', '.join(map(_name, origin.package.inputs))}")
-        argv = [sys.executable, "-m", "modelstore.prepare", "--store", str(self._root), "--only", self._id]
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            assert process.stdout is not None
-            last = ""
-            for line in process.stdout:
-                last = line.strip() or last
-                words = line.split()
-                if len(words) == 4 and words[0] == "progress":
-                    done, _, total = words[3].partition("/")
-                    self._progress(words[2], int(done), int(total))
-        if process.returncode:
-            raise PlatformError(Code.FAILED_PRECONDITION, last.removeprefix("error: "))
+        prepare.prepare_apart(self._root, self._id, self._progress)
         manifest = Manifest.load(self._root / self._id)
         if manifest.kind == "llm":
             manifest = self._with_forms(manifest)
@@ -226,7 +212,7 @@ class _Run:
         made, converted = self._empty(), functools.partial(self._progress, "convert")
         if source["type"] == "gguf":
             config = gguf_llama.convert(folder / names[0], made, converted)
-            _check_made(made)
+            folders.check_made(made)
         else:
             choice = folders.choose([path.name for path in folder.iterdir() if path.is_file()])
             if source["type"] == "folder":
@@ -301,14 +287,6 @@ def _check_announced(known: Manifest | None, model: HubModel, weights: tuple[str
         sha256 = model.file(name).sha256
         if sha256 and recorded.get(name) != sha256:
             _check_same(known, {"sha256": f"{sha256} of {name}"})
-
-
-def _check_made(made: Path) -> None:
-    """Holds what was converted from a GGUF file to what is asked of a folder."""
-    shape = vetting.check_config(vetting.read_json(made / "config.json"))
-    vetting.check_weights(shape, TensorFile(made / WEIGHTS_NAME).entries)
-    vetting.check_tokenizer(made / "tokenizer.json", shape)
-    vetting.read_template(made, vetting.read_json(made / "tokenizer_config.json"))
 
 
 def _name(path: str) -> str:

@@ -99,6 +99,14 @@ def convert(folder: Path, choice: Choice, target: Path, progress: Progress) -> d
     }
 
 
+def check_made(folder: Path) -> None:
+    """Holds what was converted from another form to what is asked of a folder."""
+    shape = vetting.check_config(vetting.read_json(folder / _CONFIG))
+    vetting.check_weights(shape, TensorFile(folder / WEIGHTS_NAME).entries)
+    vetting.check_tokenizer(folder / "tokenizer.json", shape)
+    vetting.read_template(folder, vetting.read_json(folder / "tokenizer_config.json"))
+
+
 def _joined(files: list[TensorFile]) -> dict[str, tuple[TensorFile, TensorEntry]]:
     found: dict[str, tuple[TensorFile, TensorEntry]] = {}
     for file in files:

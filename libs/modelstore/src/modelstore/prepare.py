@@ -8,13 +8,14 @@ Lines on stdout: `progress <model> <step> <i>/<n>` and at last `ready <model> <v
 import argparse
 import errno
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from chassis.errors import PlatformError
+from chassis.errors import Code, PlatformError
 from modelstore import gguf_llama, minilm
 from modelstore.formats import WEIGHTS_NAME, dtype_of, link_files, pack
 from modelstore.manifest import Manifest, write_manifest
@@ -35,6 +36,22 @@ def prepare(store: Path, sources: tuple[ModelSource, ...]) -> None:
             elif not _has(manifest, source.outputs):
                 manifest = _pack_again(store, source, manifest)
             _say("ready", source.id, manifest.version)
+
+
+def prepare_apart(store: Path, model_id: str, progress: Callable[[str, int, int], None]) -> None:
+    """Makes one model of the table in a process of its own, whose libraries know of no hub. Raises PlatformError."""
+    argv = [sys.executable, "-u", "-m", "modelstore.prepare", "--store", str(store), "--only", model_id]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        last = ""
+        for line in process.stdout:
+            last = line.strip() or last
+            match line.split():
+                case ["progress", _, step, count]:
+                    done, _, total = count.partition("/")
+                    progress(step, int(done), int(total))
+    if process.returncode:
+        raise PlatformError(Code.FAILED_PRECONDITION, last.removeprefix("error: "))
 
 
 def _whole(store: Path, source: ModelSource) -> Manifest | None:

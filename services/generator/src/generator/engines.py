@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from chassis.errors import Code, PlatformError
+from generator.api import accounting
 from generator.api.grammars import GrammarDesk
+from generator.api.metering import MeteredCompiler
 from generator.backends import native_runner
 from generator.backends.hf_tokenizer import HfTokenizer
 from generator.backends.llguidance_grammar import LlguidanceCompiler, byte_tokenizer, load_tokenizer
@@ -30,6 +32,7 @@ from modelstore import Manifest
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[StepReport], None]
+_SERVICE = "generator"
 _GRAMMAR_WORKERS = 2
 
 
@@ -145,6 +148,8 @@ def load_torch(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
         block_size=settings.block_size,
         num_threads=settings.num_threads,
         dtype=settings.dtype,
+        device=settings.device,
+        max_sequences=settings.max_running,
     )
     runner = make_runner(
         settings.model_dir,
@@ -224,5 +229,6 @@ def _batching(
         runner, tokenizer, blocks, limits, adapter_limits(settings), grammars=compiler, on_step=on_step
     )
     # A new process, where one was killed, comes on top of the budget.
-    desk = GrammarDesk(compiler, timeout_s=3 * settings.grammar_timeout_s, num_threads=_GRAMMAR_WORKERS)
+    metered = MeteredCompiler(compiler, accounting.SERVICE)
+    desk = GrammarDesk(metered, timeout_s=3 * settings.grammar_timeout_s, num_threads=_GRAMMAR_WORKERS)
     return Chosen(engine, tokenizer, grammars=desk)

@@ -1,9 +1,6 @@
 """Commands of the model store: models add, list, show, remove."""
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,10 +9,11 @@ import typer
 
 from devstack.cli.failures import CommandFailed
 from devstack.cli.output import examples, print_json, print_table
+from devstack.cli.progress import progress_bar
 
 if TYPE_CHECKING:
     from modelstore import Manifest
-    from modelstore.adding import Added, Progress
+    from modelstore.adding import Added
     from modelstore.catalogue import Entry
 
 _Json = Annotated[bool, typer.Option("--json", help="Print data for programs.")]
@@ -72,7 +70,7 @@ def add_model(
         token=hub.token,
     )
     try:
-        with _bar() as progress:
+        with progress_bar() as progress:
             added = add(_store(), order, progress)
         measured = _measured(added, quantise) if with_measure else None
     except KeyboardInterrupt:
@@ -267,40 +265,6 @@ def _print_measured(measured: dict[str, Any]) -> None:
         print(f"perplexity over {before['tokens']} tokens of {before['text']}; speeds as this machine has them now")
     if why := measured.get("failed"):
         print(f"not measured: {why}")
-
-
-@contextmanager
-def _bar() -> "Iterator[Progress]":
-    """Shows steps on stderr: a bar on a terminal, a line when a step begins and ends elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
-        yield _lines()
-        return
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as shown:
-        tasks: dict[str, Any] = {}
-
-        def progress(step: str, done: int, total: int) -> None:
-            if step not in tasks:
-                tasks[step] = shown.add_task(step, total=total)
-            shown.update(tasks[step], completed=done, total=total)
-
-        yield progress
-
-
-def _lines() -> "Progress":
-    last, told_s = "", 0.0
-
-    def progress(step: str, done: int, total: int) -> None:
-        nonlocal last, told_s
-        if step != last or time.monotonic() - told_s > 10.0:
-            last, told_s = step, time.monotonic()
-            print(f"{step} {done}/{total}", file=sys.stderr, flush=True)
-
-    return progress
 
 
 def _store() -> Path:

@@ -120,6 +120,10 @@ class MeteredCompiler:
             took_s = time.perf_counter() - started_s
             metrics.GRAMMAR_COMPILE_SECONDS.labels(self._service, outcome).observe(took_s)
 
+    def close(self) -> None:
+        """See GrammarCompiler.close."""
+        self._compiler.close()
+
 
 def _reader(stats: Callable[[], EngineStats], read: Callable[[EngineStats], int]) -> Callable[[], float]:
     return lambda: read(stats())

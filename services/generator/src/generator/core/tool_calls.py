@@ -24,6 +24,8 @@ MAX_TOOLS = 128
 MAX_CALLS = 16  # of one answer
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+# Arguments are written as in the prompt, with no white space of the model's own: they are for programs.
+_ARGUMENTS: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,7 @@ def read_tools(tools_json: str) -> list[Tool]:
 
 
 def to_lark(grammar: Grammar, json_options: Mapping[str, object]) -> str:
-    """Returns the constraint in llguidance's Lark; `json_options` hold for all schemas."""
+    """Returns the constraint in llguidance's Lark; `json_options` hold for the schema of the text."""
     source = json.loads(grammar.source)
     tools = read_tools(json.dumps(source["tools"]))
     most = MAX_CALLS - 1 if source["is_parallel"] else 0
@@ -92,8 +94,7 @@ def to_lark(grammar: Grammar, json_options: Mapping[str, object]) -> str:
     lines.append(f'call: "{BEGIN}\\n" body "\\n{END}"')
     lines.append("body: " + " | ".join(f"body_{place}" for place in range(len(tools))))
     for place, tool in enumerate(tools):
-        # As little white space as in the prompt: arguments are for programs.
-        options = {**json_options, "whitespace_pattern": " ", "lenient": not tool.is_strict}
+        options = {**_ARGUMENTS, "lenient": not tool.is_strict}
         parameters = json.dumps({**tool.parameters, "x-guidance": options})
         head = json.dumps(f'{{"name": "{tool.name}", "arguments": ')
         lines.append(f'body_{place}: {head} arguments_{place} "}}"')
