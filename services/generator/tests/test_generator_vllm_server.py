@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,8 @@ class TestRealVllm(EngineSuite):
     STATS_LAG = True
 
     @pytest.fixture(scope="class")
-    def url(self, serve: Serve, folder: Path) -> Iterator[str]:
+    @classmethod
+    def url(cls, serve: Serve, folder: Path) -> Iterator[str]:
         with serve(folder, *TINY) as url:
             yield url
 
@@ -179,7 +181,8 @@ class TestRealVllmWithAdapters(EngineSuite):
     STATS_LAG = True
 
     @pytest.fixture(scope="class")
-    def url(self, serve: Serve, folder: Path) -> Iterator[str]:
+    @classmethod
+    def url(cls, serve: Serve, folder: Path) -> Iterator[str]:
         with serve(folder, *TINY, *LORA) as url:
             yield url
 
@@ -205,4 +208,6 @@ async def test_the_real_model_answers_in_whole_characters(serve: Serve, model_st
 
 
 def _adapter(adapter_id: str, seed: int) -> AdapterFiles:
-    return lora_files.files(adapter_id, CONFIG, seed)
+    """vLLM wants to be told which modules there are, as peft does."""
+    config = lora_files.config_json(target_modules=list(lora_files.MODULES))
+    return replace(lora_files.files(adapter_id, CONFIG, seed), config=config)

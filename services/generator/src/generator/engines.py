@@ -32,6 +32,7 @@ from modelstore import Manifest
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[StepReport], None]
+_SERVICE = "generator"
 _GRAMMAR_WORKERS = 2
 
 
@@ -147,6 +148,8 @@ def load_torch(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
         block_size=settings.block_size,
         num_threads=settings.num_threads,
         dtype=settings.dtype,
+        device=settings.device,
+        max_sequences=settings.max_running,
     )
     runner = make_runner(
         settings.model_dir,

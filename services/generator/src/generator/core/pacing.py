@@ -10,7 +10,7 @@ from generator.core.steps import StepReport
 
 _WEIGHT = 0.1  # of the newest step in an average
 _MAX_RISE = 2.0  # a step in which the machine was away for a second does not count as that
-_LEAST_TOKENS = 4  # a prompt goes on, whatever was learned
+_LEAST_TOKENS = 8  # a prompt goes on, whatever was learned: fewer would cost nearly as much and help nobody
 _FULL_PIECE = 16  # a smaller step without decodes says more of a step's fixed cost than of its tokens
 _LEAST_TOKEN_S = 1e-7
 

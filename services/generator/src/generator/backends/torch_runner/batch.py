@@ -10,6 +10,7 @@ from torch import Tensor
 
 from generator.backends.torch_runner.llama import AttentionGroup, FlatBatch
 from generator.backends.torch_runner.lora import AdapterRows, LoraWeights
+from generator.backends.torch_runner.paged import PagedGroup
 from generator.core.sequences import Work
 
 Ints = NDArray[np.int64]
@@ -24,9 +25,17 @@ class BatchLayout:
     """Knows the geometry of the cache; makes FlatBatches."""
 
     def __init__(
-        self, num_slots: int, block_size: int, num_kv_heads: int, queries_per_kv: int, dtype: torch.dtype
+        self,
+        num_slots: int,
+        block_size: int,
+        num_kv_heads: int,
+        queries_per_kv: int,
+        dtype: torch.dtype,
+        is_paged: bool = False,
     ) -> None:
+        """is_paged: sequences of one token attend out of the cache as it lies, whatever their lengths."""
         self._block_size = block_size
+        self._is_paged = is_paged
         self._queries_per_kv = queries_per_kv
         self._dtype = dtype
         self._head_offsets = np.arange(2 * num_kv_heads, dtype=np.int64) * num_slots
@@ -40,19 +49,48 @@ class BatchLayout:
         tokens = np.concatenate([w.token_ids for w in ordered])
         positions = np.concatenate([np.arange(w.sequence.num_computed, w.reach) for w in ordered])
         slots = np.concatenate([self._slots(w, w.sequence.num_computed, w.reach) for w in ordered])
-        write_rows = (slots[:, None] + self._head_offsets).ravel()
         return FlatBatch(
             token_ids=torch.from_numpy(tokens.astype(np.int64)),
             positions=torch.from_numpy(positions),
-            write_rows=torch.from_numpy(write_rows),
+            write_rows=torch.from_numpy(self.write_rows(slots)),
             groups=self._groups(ordered),
             adapters=_adapter_rows(ordered),
         )
 
-    def _groups(self, ordered: list[Work]) -> list[AttentionGroup]:
-        groups: list[AttentionGroup] = []
+    def write_rows(self, slots: Ints) -> Ints:
+        """Returns the rows of a layer's cache that the keys and values of tokens at these slots [N] go to."""
+        rows: Ints = (slots[:, None] + self._head_offsets).ravel()
+        return rows
+
+    def slots_of(self, works: list[Work]) -> Ints:
+        """Returns the slots that works of one token each write."""
+        return np.array(
+            [
+                work.sequence.table[(work.end - 1) // self._block_size] * self._block_size
+                + (work.end - 1) % self._block_size
+                for work in works
+            ],
+            dtype=np.int64,
+        )
+
+    def _paged_group(self, works: list[Work]) -> PagedGroup:
+        tables = np.zeros((len(works), max(len(work.sequence.table) for work in works)), dtype=np.int32)
+        for row, work in enumerate(works):
+            tables[row, : len(work.sequence.table)] = work.sequence.table
+        lengths = np.array([work.end for work in works], dtype=np.int32)
+        return PagedGroup(0, len(works), torch.from_numpy(tables), torch.from_numpy(lengths))
+
+    def _groups(self, ordered: list[Work]) -> list[AttentionGroup | PagedGroup]:
+        groups: list[AttentionGroup | PagedGroup] = []
         members: list[Work] = []
         start = 0
+        if self._is_paged:
+            single = [work for work in ordered if work.num_positions == 1]
+            if single:
+                groups.append(self._paged_group(single))
+            start, ordered = len(single), ordered[len(single) :]
+            if not ordered:
+                return groups
         for work in ordered:
             if members and not self._fits(members, work):
                 groups.append(self._group(members, start))

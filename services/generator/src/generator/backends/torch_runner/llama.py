@@ -10,20 +10,25 @@ H query heads, H_kv key heads, G = H / H_kv, D head size, E hidden size.
 
 import math
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generator.backends.torch_runner import lora
+from generator.backends.torch_runner import lora, paged
 from generator.backends.torch_runner.lora import AdapterRows
+from generator.backends.torch_runner.paged import PagedGroup
+from generator.backends.torch_runner.rope import rope_tables
 from generator.backends.torch_runner.weights import LlamaConfig, LlamaWeights
 
 
 @dataclass(slots=True)
 class AttentionGroup:
-    """Sequences whose attention is one call: tokens [start, end) of the step, an equal number for each sequence."""
+    """Sequences whose attention is one call: tokens [start, end) of the step, an equal number for each sequence.
+
+    Their keys and values are gathered first; a PagedGroup's are not.
+    """
 
     start: int
     end: int
@@ -40,20 +45,53 @@ class FlatBatch:
     token_ids: Tensor  # [N]
     positions: Tensor  # [N]
     write_rows: Tensor  # [N * 2 * H_kv], rows of the cache to write
-    groups: list[AttentionGroup]
+    groups: list[AttentionGroup | PagedGroup]
     adapters: list[AdapterRows]  # one for each adapter of the step; the base's rows are in none
+
+    def to(self, device: torch.device) -> "FlatBatch":
+        """Returns the step on a device; itself where it is there."""
+        if self.token_ids.device == device:
+            return self
+        return FlatBatch(
+            token_ids=self.token_ids.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            write_rows=self.write_rows.to(device, non_blocking=True),
+            groups=[_group_to(group, device) for group in self.groups],
+            adapters=[
+                AdapterRows(a.weights, None if a.rows is None else a.rows.to(device, non_blocking=True))
+                for a in self.adapters
+            ],
+        )
+
+
+def _group_to(group: AttentionGroup | PagedGroup, device: torch.device) -> AttentionGroup | PagedGroup:
+    if isinstance(group, PagedGroup):
+        tables, lengths = (tensor.to(device, non_blocking=True) for tensor in (group.tables, group.lengths))
+        return PagedGroup(group.start, group.end, tables, lengths)
+    kv_rows, mask = (tensor.to(device, non_blocking=True) for tensor in (group.kv_rows, group.mask))
+    return replace(group, kv_rows=kv_rows, mask=mask)
 
 
 class Llama:
     """A model with its key and value memory. Not thread-safe; no gradients."""
 
-    def __init__(self, config: LlamaConfig, weights: LlamaWeights, num_slots: int, context_length: int) -> None:
+    def __init__(
+        self, config: LlamaConfig, weights: LlamaWeights, num_blocks: int, block_size: int, context_length: int
+    ) -> None:
         self.config = config
         self._weights = weights
         self.dtype = weights.embedding.dtype
-        rows = 2 * config.num_kv_heads * num_slots
-        self._cache = _lazy_zeros(config.num_layers, rows, config.head_dim, dtype=self.dtype)
-        self._cos, self._sin = _rope_tables(config, context_length, self.dtype)
+        self.device = weights.embedding.device
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (config.num_layers, 2 * config.num_kv_heads * num_blocks * block_size, config.head_dim)
+        if self.device.type == "cpu":
+            self._cache = _lazy_zeros(*shape, dtype=self.dtype)
+        else:
+            self._cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._cos, self._sin = rope_tables(
+            config.head_dim, config.rope_theta, config.rope_scaling, context_length, self.dtype, self.device
+        )
 
     def forward(self, batch: FlatBatch) -> Tensor:
         """Computes a step: writes keys and values, returns the final hidden states [N, E]."""
@@ -97,8 +135,14 @@ class Llama:
         rotated.mul_(cos).addcmul_(swapped, sin)
         cache.index_copy_(0, batch.write_rows, heads[:, config.num_heads :].reshape(-1, config.head_dim))
         query = heads[:, : config.num_heads]
-        outputs = [self._attend(cache, query[group.start : group.end], group) for group in batch.groups]
+        outputs = [self._attend_group(cache, query[group.start : group.end], group) for group in batch.groups]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_group(self, cache: Tensor, query: Tensor, group: AttentionGroup | PagedGroup) -> Tensor:
+        if isinstance(group, AttentionGroup):
+            return self._attend(cache, query, group)
+        out = paged.attend(query, cache, group, self.block_size, self.num_blocks * self.block_size)
+        return out.view(query.shape[0], -1)
 
     def _attend(self, cache: Tensor, query: Tensor, group: AttentionGroup) -> Tensor:
         """Attends for [B * T] tokens. The G query heads of a key head stand as G more positions, so nothing repeats."""
@@ -123,11 +167,3 @@ def _lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
     memory.madvise(mmap.MADV_NOHUGEPAGE)  # the heads' rows lie far apart: with huge pages the first token touches all
     return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-def _rope_tables(config: LlamaConfig, context_length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns cosine and signed sine [context, D] (RoFormer, arXiv 2104.09864, in the half-split layout of Llama)."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    angles = torch.outer(torch.arange(context_length, dtype=torch.float32), config.rope_theta**-exponents)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)

@@ -31,6 +31,9 @@ class LowRank:
     def size_bytes(self) -> int:
         return self.down.nbytes + self.up.nbytes
 
+    def to(self, device: torch.device) -> "LowRank":
+        return LowRank(self.down.to(device), self.up.to(device))
+
 
 @dataclass(frozen=True, slots=True)
 class LayerAdapter:
@@ -74,7 +77,7 @@ def add(out: Tensor, x: Tensor, low_rank: LowRank | None, rows: Tensor | None) -
     out.index_copy_(0, rows, out.index_select(0, rows).add_(delta))
 
 
-def read_lora(files: AdapterFiles, config: LlamaConfig) -> LoraWeights:
+def read_lora(files: AdapterFiles, config: LlamaConfig, device: torch.device = torch.device("cpu")) -> LoraWeights:
     """Makes an adapter's weights. Blocks for a fraction of a second. Raises PlatformError as lora_files.read_lora."""
     shape = LoraShape(
         num_layers=config.num_layers,
@@ -85,17 +88,17 @@ def read_lora(files: AdapterFiles, config: LlamaConfig) -> LoraWeights:
     )
     layers = [
         LayerAdapter(
-            qkv=_fuse(layer, shape, "q", "k", "v"),
-            output=_fuse(layer, shape, "o"),
-            gate_up=_fuse(layer, shape, "gate", "up"),
-            down=_fuse(layer, shape, "down"),
+            qkv=_fuse(layer, shape, device, "q", "k", "v"),
+            output=_fuse(layer, shape, device, "o"),
+            gate_up=_fuse(layer, shape, device, "gate", "up"),
+            down=_fuse(layer, shape, device, "down"),
         )
         for layer in lora_files.read_lora(files, shape)
     ]
     return LoraWeights(layers, sum(layer.size_bytes for layer in layers))
 
 
-def _fuse(layer: LoraLayer, shape: LoraShape, *modules: LoraModule) -> LowRank | None:
+def _fuse(layer: LoraLayer, shape: LoraShape, device: torch.device, *modules: LoraModule) -> LowRank | None:
     """Joins the parts of a fused layer: A stacked, B in blocks, so that each part sees its own A alone."""
     present = [layer[module] for module in modules if module in layer]
     if not present:
@@ -109,4 +112,4 @@ def _fuse(layer: LoraLayer, shape: LoraShape, *modules: LoraModule) -> LowRank |
             up[row : row + pair.rank, column : column + outputs] = torch.from_numpy(pair.b).t()
             row += pair.rank
         column += outputs
-    return LowRank(down, up)
+    return LowRank(down, up).to(device)

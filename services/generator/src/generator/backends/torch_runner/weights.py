@@ -1,6 +1,8 @@
 """Reads a model folder: its shape from config.json, its weights from safetensors (never pickle), fused for speed."""
 
+import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chassis.errors import Code, PlatformError
+from generator.backends.torch_runner.rope import Llama3Scaling
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,7 @@ class LlamaConfig:
     context_length: int
     rms_norm_eps: float
     rope_theta: float
+    rope_scaling: Llama3Scaling | None
     ties_embeddings: bool
     eos_token_ids: frozenset[int]
 
@@ -34,6 +41,7 @@ class LlamaConfig:
         """Reads config.json and generation_config.json. Raises PlatformError for what this runner cannot run."""
         raw = json.loads((folder / "config.json").read_text())
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type", "default")
         unsupported = [
             name
             for name, is_so in (
@@ -41,7 +49,7 @@ class LlamaConfig:
                 (f"hidden_act {raw.get('hidden_act')!r}", raw.get("hidden_act") != "silu"),
                 ("attention_bias", bool(raw.get("attention_bias"))),
                 ("mlp_bias", bool(raw.get("mlp_bias"))),
-                ("scaled RoPE", rope.get("rope_type", "default") != "default"),
+                (f"RoPE of type {rope_type!r}", rope_type not in ("default", "llama3")),
             )
             if is_so
         ]
@@ -60,6 +68,7 @@ class LlamaConfig:
             context_length=raw["max_position_embeddings"],
             rms_norm_eps=raw["rms_norm_eps"],
             rope_theta=rope.get("rope_theta") or raw["rope_theta"],
+            rope_scaling=_llama3(rope, raw) if rope_type == "llama3" else None,
             ties_embeddings=bool(raw.get("tie_word_embeddings")),
             eos_token_ids=_eos_ids(raw) | _eos_ids(_read_optional(folder / "generation_config.json")),
         )
@@ -87,20 +96,48 @@ class LlamaWeights:
     head: Tensor
 
 
-def load_weights(path: Path, config: LlamaConfig, dtype: torch.dtype) -> LlamaWeights:
-    """Reads the weights into memory of this process. Raises PlatformError(DATA_LOSS) for a file that is not whole."""
+def load_weights(
+    folder: Path, config: LlamaConfig, dtype: torch.dtype, device: torch.device = torch.device("cpu")
+) -> LlamaWeights:
+    """Reads the weights, from one file or from those that an index names, into memory of this process or a GPU.
+
+    Raises PlatformError(DATA_LOSS) for files that are not whole.
+    """
+    paths = _weight_files(folder)
     try:
-        with safe_open(path, framework="pt") as file:
-            return _assemble(file, config, dtype)
-    except SafetensorError as error:
-        raise PlatformError(Code.DATA_LOSS, f"{path.name} cannot be read: {error}") from error
+        with contextlib.ExitStack() as stack:
+            files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(paths.values())}
+            places = {name: files[path] for name, path in paths.items()}
+            if not places:  # no index: one file has all
+                only = stack.enter_context(safe_open(folder / WEIGHTS_FILE, framework="pt"))
+                places = dict.fromkeys(only.keys(), only)
+            return _assemble(places, config, dtype, device)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise PlatformError(Code.DATA_LOSS, f"weights of {folder.name} cannot be read: {error}") from error
 
 
-def _assemble(file: Any, config: LlamaConfig, dtype: torch.dtype) -> LlamaWeights:
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """Returns the file of each tensor as the index says; empty where there is no index."""
+    index = folder / INDEX_FILE
+    if not index.exists():
+        return {}
+    try:
+        names = json.loads(index.read_text())["weight_map"]
+        if any(not isinstance(file, str) or "/" in file or "\\" in file for file in names.values()):
+            raise ValueError("it names a file outside its folder")
+        return {name: folder / file for name, file in names.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise PlatformError(Code.DATA_LOSS, f"{index.name} cannot be read: {error}") from error
+
+
+def _assemble(places: Mapping[str, Any], config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> LlamaWeights:
     def read(*names: str, shape: tuple[int, int] | tuple[int]) -> Tensor:
         # Always copied: a view would keep the file mapped, and a file that shrinks under a map kills the process.
-        parts = [file.get_tensor(name) for name in names]
-        joined = torch.cat(parts).to(dtype) if len(parts) > 1 else parts[0].to(dtype, copy=True)
+        missing = [name for name in names if name not in places]
+        if missing:
+            raise PlatformError(Code.DATA_LOSS, f"the weights have no {missing[0]}")
+        parts = [places[name].get_tensor(name).to(device) for name in names]
+        joined = torch.cat(parts).to(dtype) if len(parts) > 1 else parts[0].to(dtype, copy=device.type == "cpu")
         if tuple(joined.shape) != shape:
             message = f"{names[0]} has shape {tuple(joined.shape)} where config.json says {shape}"
             raise PlatformError(Code.DATA_LOSS, message)
@@ -127,6 +164,15 @@ def _assemble(file: Any, config: LlamaConfig, dtype: torch.dtype) -> LlamaWeight
         layers=[layer(number) for number in range(config.num_layers)],
         final_norm=read("model.norm.weight", shape=(hidden,)),
         head=head,
+    )
+
+
+def _llama3(rope: dict[str, Any], raw: dict[str, Any]) -> Llama3Scaling:
+    return Llama3Scaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_context=int(rope.get("original_max_position_embeddings") or raw["original_max_position_embeddings"]),
     )
 
 

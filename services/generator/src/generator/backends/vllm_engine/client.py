@@ -110,8 +110,17 @@ class VllmClient:
         raise PlatformError(Code.UNAVAILABLE, "vLLM's stream broke off", retry_after_s=1.0)
 
     async def load_adapter(self, name: str, path: str) -> None:
-        """Has vLLM load an adapter from a folder that it sees."""
-        await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, _LOAD_S)
+        """Has vLLM load an adapter from a folder that it sees. Raises INVALID_ARGUMENT for what it does not take."""
+        timeout = httpx.Timeout(_LOAD_S, connect=_CONNECT_S)
+        body = {"lora_name": name, "lora_path": path}
+        with _translated():
+            response = await self._http.post("/v1/load_lora_adapter", json=body, timeout=timeout)
+        if response.status_code == 200:
+            return
+        await self.check_health()  # vLLM says 500 of an adapter that it cannot apply, too: is it vLLM, or the adapter?
+        why = wire.error_of(_parse(response.content), response.status_code).message
+        message = f"adapter {name!r} cannot be loaded: {why}"
+        raise PlatformError(Code.INVALID_ARGUMENT, message, reason="adapter_unsupported")
 
     async def unload_adapter(self, name: str) -> None:
         """Has vLLM forget an adapter; one that it does not know is fine."""
