@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup checks-env vllm-env up down test test-fast test-vllm unit-gateway unit-services unit-rest lint models protos compose-env loadtest \
-	bench-load bench-colocation
+	bench-load bench-perplexity bench-colocation
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ loadtest: setup ## Load on what make up started: rows in CSV, one HTML report wi
 	@$(VENV)/python -m loadtest $(or $(strip $(LOAD)),$(USUAL_LOAD))
 
 bench-load: loadtest
+
+bench-perplexity: setup models ## What quantising costs: perplexity in bf16 and packed, on a text of ours, and the ratio
+	@$(VENV)/python tools/bench_perplexity.py $(ARGS)
 
 bench-colocation: setup models ## Chat's time per output token alone and beside a finetune, in pairs, and their ratio
 	@$(VENV)/python tools/bench_colocation.py $(ARGS)

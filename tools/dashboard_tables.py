@@ -381,7 +381,7 @@ MODELS = Dashboard(
                         ),
                         ("sum(increase(pressroom_adapter_evictions_total[$__rate_interval]))", "evicted"),
                     ],
-                    "full: all others were in use. evicted: made room for another one.",
+                    "full: all others were in use. busy: no time for the probe. evicted: made room for another one.",
                 ),
                 Panel(
                     "Memory of adapters",

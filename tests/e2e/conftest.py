@@ -130,11 +130,11 @@ class System:
         hits: list[dict[str, Any]] = answer.json()["hits"]
         return hits
 
-    def say(self, content: str, model: str = CHAT, max_tokens: int = 4) -> Any:
-        """One short chat completion."""
+    def say(self, content: str, model: str = CHAT, max_tokens: int = 4, **others: Any) -> Any:
+        """One short chat completion. others: further parameters of the client."""
         message: Any = {"role": "user", "content": content}
         return self.client().chat.completions.create(
-            model=model, messages=[message], max_tokens=max_tokens, temperature=0
+            model=model, messages=[message], max_tokens=max_tokens, temperature=0, **others
         )
 
 

@@ -106,7 +106,8 @@ async def test_stop_all_leaves_no_process_not_even_a_deaf_one_or_a_grandchild(to
     await supervisor.start_all()
     services = supervisor.services
     await until(lambda: (home.run / "grandchild").exists() and (home.run / "grandchild").read_text() != "")
-    await until(lambda: "deaf" in services["deaf"].spec.log_path.read_text())
+    log_path = services["deaf"].spec.log_path
+    await until(lambda: log_path.exists() and "deaf" in log_path.read_text())
     grandchild = int((home.run / "grandchild").read_text())
     processes = [(s.process.pid, s.process.start_ticks) for s in services.values() if s.process]
     processes.append((grandchild, start_ticks(grandchild) or 0))

@@ -29,6 +29,7 @@ def test_both_models_are_made_and_left_alone_the_second_time(store: Path, capsys
     assert [line.split()[:2] for line in lines] == [["ready", LLM], ["ready", ENCODER]]
     files = {entry.path for entry in Manifest.load(store / LLM).files}
     assert files == {
+        "model.int4.safetensors",
         "model.safetensors",
         "config.json",
         "generation_config.json",
@@ -115,7 +116,16 @@ def test_the_manifests_tell_what_the_services_need(store: Path) -> None:
         "architecture": "llama",
         "context_length": 8192,
         "dtype": "bfloat16",
+        "earlier_versions": ["3279f51615ea"],
         "eos_token_ids": [2],
+        "quantisation": {
+            "int4": {
+                "file": "model.int4.safetensors",
+                "group_size": 32,
+                "layout": "pressroom-pack-1",
+                "source_dtype": "bfloat16",
+            }
+        },
         "vocab_size": 49152,
     }
     encoder = Manifest.load(store / ENCODER).config

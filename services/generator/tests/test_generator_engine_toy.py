@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import lora_files
 import pytest
@@ -29,6 +29,7 @@ def make_engine(
     runner: ToyRunner | None = None,
     num_blocks: int = 400,
     adapter_limits: AdapterLimits = AdapterLimits(),
+    stopwatch: Callable[[], float] = time.perf_counter,
     **limits: int,
 ) -> BatchingEngine:
     engine = BatchingEngine(
@@ -37,6 +38,7 @@ def make_engine(
         BlockManager(num_blocks, BLOCK_SIZE),
         SchedulerLimits(**limits),
         adapter_limits,
+        stopwatch=stopwatch,
     )
     engine.start()
     return engine

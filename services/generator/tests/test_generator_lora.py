@@ -20,7 +20,7 @@ from generator.backends.lora_files import LoraShape, read_lora
 from generator.backends.torch_runner import TorchRunner, make_runner
 from generator.backends.torch_runner.runner import RunnerOptions
 from generator.backends.toy import ByteTokenizer
-from generator.core.adapters import AdapterFiles, AdapterWeights
+from generator.core.adapters import AdapterFiles, AdapterLimits, AdapterWeights
 from generator.core.batching import BatchingEngine
 from generator.core.blocks import BlockManager
 from generator.core.scheduler import SchedulerLimits
@@ -173,6 +173,27 @@ async def test_preempted_sequences_resume_with_their_own_adapters(runner: TorchR
     alone, none = await answers(runner.num_blocks, together=False)
     tight, some = await answers(33, together=True)
     assert tight == alone and none == 0 < some
+
+
+async def test_an_evicted_adapter_answers_the_same_when_it_is_loaded_again(runner: TorchRunner) -> None:
+    """Four adapters where two fit, asked for in turn, with and without the prefix cache's help."""
+    ids = [f"{BASE}:{name}" for name in "abcd"]
+    files = {adapter_id: _files(adapter_id[-1], seed) for seed, adapter_id in enumerate(ids)}
+    size_bytes = runner.read_adapter(files[ids[0]]).size_bytes
+    blocks = BlockManager(runner.num_blocks, runner.block_size)
+    limits = AdapterLimits(max_adapters=8, max_bytes=2 * size_bytes)
+    engine = BatchingEngine(runner, ByteTokenizer(), blocks, SchedulerLimits(), limits)
+    engine.start()
+    answers: dict[str, list[list[int]]] = {adapter_id: [] for adapter_id in ids}
+    for _ in range(2):
+        for adapter_id in ids:
+            await engine.load_adapter(files[adapter_id])
+            answers[adapter_id].append((await collect(engine, ask(PROMPTS[2], 20, adapter=adapter_id))).tokens[0])
+    stats = engine.stats()
+    await engine.close()
+    assert all(first == again for first, again in answers.values())
+    assert len({tuple(first) for first, _ in answers.values()}) == 4
+    assert (stats.loaded_adapters, stats.adapter_bytes, stats.adapter_evictions_total) == (2, 2 * size_bytes, 6)
 
 
 def test_bf16_stays_near_fp32(folder: Path, runner: TorchRunner) -> None:

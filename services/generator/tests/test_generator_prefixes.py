@@ -16,6 +16,7 @@ from generator.core.blocks import BlockManager
 from generator.core.requests import GenerationRequest, SamplingParams, StopParams
 from generator.core.scheduler import Scheduler, SchedulerLimits
 from generator.core.sequences import Sequence, Work
+from generator.core.speculation import PromptLookup
 
 LONG = tuple((7 * i) % 250 for i in range(101))
 
@@ -117,16 +118,25 @@ def test_the_block_that_was_idle_for_longest_goes_first_and_a_prefix_from_its_en
 
 def _sequence(arrival: int, prompt: tuple[int, ...], most: int = 4, **fields: object) -> Sequence:
     request = replace(GenerationRequest("r", prompt), **fields)  # type: ignore[arg-type]
-    return Sequence(request, 0, arrival, 0, most, cache_root=prefixes.root(request.cache_salt, ""))
+    sequence = Sequence(request, 0, arrival, 0, most, cache_root=prefixes.root(request.cache_salt, ""))
+    sequence.lookup = PromptLookup()
+    return sequence
 
 
 def _compute(step: list[Work], scheduler: Scheduler) -> list[Sequence]:
     ended = []
     for work in step:
         sequence, samples = work.sequence, work.samples
+        assert len(sequence.table) * BLOCK_SIZE >= work.reach
         sequence.num_computed = work.end
         if samples:
             sequence.token_ids.append(sequence.num_new % 2)
+            for draft in work.drafts:
+                if draft != sequence.token_ids[-1]:
+                    break
+                sequence.num_computed += 1
+                sequence.token_ids.append(sequence.num_new % 2)
+            assert sequence.num_new <= sequence.max_new_tokens
         scheduler.seal(sequence)
         if sequence.num_new >= sequence.max_new_tokens:
             scheduler.remove(sequence)
@@ -137,12 +147,13 @@ def _compute(step: list[Work], scheduler: Scheduler) -> list[Sequence]:
 @settings(deadline=None, max_examples=150)
 @given(st.data())
 def test_under_any_load_a_sequence_reads_its_own_context(data: st.DataObject) -> None:
-    """Shared prefixes, two tenants, little memory, cancels: what lies in a table is what the sequence's tokens say."""
-    blocks = BlockManager(data.draw(st.integers(8, 20)), BLOCK_SIZE)
+    """Shared prefixes, two tenants, little memory, cancels, right and wrong drafts: what lies in a table is what the
+    sequence's tokens say."""
+    blocks = BlockManager(data.draw(st.integers(10, 20)), BLOCK_SIZE)
     scheduler = Scheduler(blocks, SchedulerLimits(max_running=4, max_step_tokens=data.draw(st.integers(6, 40))))
     shapes = data.draw(
         st.lists(
-            st.tuples(st.integers(1, 24), st.integers(0, 1), st.integers(0, 6), st.sampled_from("ab"), st.booleans()),
+            st.tuples(st.integers(1, 24), st.integers(0, 1), st.integers(0, 12), st.sampled_from("ab"), st.booleans()),
             min_size=1,
             max_size=14,
         )
@@ -175,9 +186,10 @@ def test_under_any_load_a_sequence_reads_its_own_context(data: st.DataObject) ->
 def _read_and_write(work: Work, slots: dict[int, tuple[str, tuple[int, ...]]]) -> None:
     """A slot remembers the whole context that its keys and values were computed with."""
     sequence, salt = work.sequence, work.sequence.request.cache_salt
-    for position in range(work.end):
+    token_ids = (*sequence.token_ids[: work.end], *work.drafts)
+    for position in range(work.reach):
         slot = sequence.table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
-        context = (salt, tuple(sequence.token_ids[: position + 1]))
+        context = (salt, token_ids[: position + 1])
         if position < sequence.num_computed:
             assert slots[slot] == context
         slots[slot] = context

@@ -72,6 +72,11 @@ async def test_a_chat_is_answered_counted_and_traced(service: ServiceProcess) ->
     (line,) = service.log_lines("generation finished")
     assert (line["request_id"], line["tenant"]) == ("req_traced", "t1")
     assert line["completion_tokens"] == usage.completion_tokens and line["trace_id"]
+    assert (
+        line["ttft_s"] > 0 and line["tokens_per_s"] > 0 and line["adapter"] == "" and "France" not in json.dumps(line)
+    )
+    assert service.metric("pressroom_engine_tokens_total", kind="completion") >= usage.completion_tokens
+    assert service.metric("pressroom_step_seconds_count", part="forward") >= 1
     await eventually(lambda: {"engine.decode", "generator.Generate"} <= {span["name"] for span in service.spans()})
     spans = {span["name"]: span for span in service.spans()}
     for name in ("engine.prefill", "engine.decode"):
@@ -115,11 +120,11 @@ async def test_a_cancel_over_the_bus_ends_the_stream(service: ServiceProcess, na
         await bus.close()
 
 
-def _publish(store: Path, job_id: str, seed: int, **config: str) -> events_pb2.ModelPublished:
+def _publish(store: Path, job_id: str, seed: int, name: str = "test", **config: str) -> events_pb2.ModelPublished:
     """Lays a small random adapter of the real model into a store; returns what the trainer would tell of it."""
     base = Manifest.load(store / MODEL)
     shape = json.loads((store / MODEL / "config.json").read_text())
-    files = lora_files.files(f"{MODEL}:test", shape, seed, modules=("q_proj", "v_proj", "down_proj"))
+    files = lora_files.files(f"{MODEL}:{name}", shape, seed, modules=("q_proj", "v_proj", "down_proj"))
     sha256 = lora_files.publish(store, job_id, files, base.version, created_unix_s=seed, **config)
     return events_pb2.ModelPublished(
         id=files.spec.id, base=MODEL, path=f"adapters/{job_id}", manifest_sha256=sha256, job_id=job_id
@@ -139,9 +144,8 @@ async def test_an_adapter_comes_by_rpc_and_by_event_and_outlives_a_restart(
 ) -> None:
     store = tmp_path / "store"
     shutil.copytree(model_store / MODEL, store / MODEL, copy_function=os.link)
-    process = ServiceProcess(
-        "generator", _settings(store / MODEL, nats_url) | {"STORE_DIR": store, "INSTANCE": "adapters"}
-    )
+    settings = {"STORE_DIR": store, "INSTANCE": "adapters", "MAX_ADAPTERS": 1}
+    process = ServiceProcess("generator", _settings(store / MODEL, nats_url) | settings)
     streams = [StreamSpec(s.name, s.subjects, s.retention, s.max_age_s, s.max_bytes) for s in subjects.STREAMS]
     bus = NatsBus.connect(nats_url, "test", streams)
     try:
@@ -176,10 +180,15 @@ async def test_an_adapter_comes_by_rpc_and_by_event_and_outlives_a_restart(
 
         process.kill9()
         (store / "adapters" / "ftjob-1" / "adapter_model.safetensors").write_bytes(b"damaged meanwhile")
+        other = _publish(store, "ftjob-3", 9, name="other")  # the newest: it alone is loaded at start
         await asyncio.to_thread(process.start)
         async with rpc.connect(process.address) as channel:
             stub = generator_pb2_grpc.GeneratorServiceStub(channel)
-            assert await _answer(stub, first.id) == swapped and await _answer(stub) == base
+            assert process.metric("pressroom_loaded_adapters") == 1 and process.metric("pressroom_known_adapters") == 2
+            assert (await _answer(stub, other.id))[0] == other.manifest_sha256[:12]
+            assert await _answer(stub, first.id) == swapped and await _answer(stub) == base  # loaded on demand
+            assert process.metric("pressroom_adapter_evictions_total") == 1
+            assert {m.id for m in (await stub.ListModels(pb.ListModelsRequest())).models} == {MODEL, first.id, other.id}
     finally:
         await bus.close()
         process.close()

@@ -97,6 +97,45 @@ def test_bias_moves_single_tokens() -> None:
     assert sample(_logits(1), [_sequence(greedy)]) == [7]
 
 
+class _Matcher:
+    """Allows a set of tokens and no others."""
+
+    is_done = False
+
+    def __init__(self, *allowed: int) -> None:
+        self._allowed = allowed
+
+    def mask(self) -> np.ndarray:
+        words = np.zeros(-(-VOCAB // 32), dtype=np.uint32)
+        for token in self._allowed:
+            words[token // 32] |= np.uint32(1 << (token % 32))
+        return words.view(np.int32)
+
+    def accept(self, token_id: int) -> None:
+        raise AssertionError("a sampler only looks")
+
+
+def test_a_grammar_leaves_its_tokens_and_touches_no_other_row() -> None:
+    logits = _logits(2)
+    allowed = [int(token) for token in np.argsort(logits[0])[:3]] + [31, 32]
+    rows = [_sequence(SamplingParams(temperature=0)) for _ in range(2)]
+    rows[0].matcher = _Matcher(*allowed)
+    adjusted = logits.copy()
+    sampling.adjust(adjusted, [sampling.Row(row) for row in rows])
+    assert set(np.flatnonzero(np.isfinite(adjusted[0]))) == set(allowed)
+    assert (adjusted[0, allowed] == logits[0, allowed]).all() and (adjusted[1] == logits[1]).all()
+    hot = [_sequence(SamplingParams(temperature=2.0), seed) for seed in range(60)]
+    for sequence in hot:
+        sequence.matcher = _Matcher(7, 33)
+    assert set(sample(np.repeat(_logits(1), 60, axis=0), hot)) == {7, 33}
+
+
+def test_a_grammar_that_allows_only_the_end_wins_over_min_tokens() -> None:
+    request = GenerationRequest("r", (0,), SamplingParams(), StopParams(min_tokens=5))
+    sequence = Sequence(request, 0, 0, 0, 100, suppressed_ids=(40,), matcher=_Matcher(40))
+    assert sample(_logits(1), [sequence]) == [40]
+
+
 def test_suppressed_tokens_wait_for_min_tokens() -> None:
     logits = _logits(1)
     best = int(logits.argmax())

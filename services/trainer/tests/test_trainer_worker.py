@@ -92,6 +92,7 @@ async def test_a_job_ends_with_a_published_loaded_and_announced_adapter(bus: Fak
     assert dict(manifest.config) == {
         "base": "base",
         "base_version": "0123456789ab",
+        "base_weights_sha256": "ab" * 32,
         "tenant": "acme",
         "job_id": "ftjob-1",
         "rank": 8,

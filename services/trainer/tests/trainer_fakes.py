@@ -88,7 +88,14 @@ class FakeTrainings:
         (adapter / "adapter_config.json").write_text("{}")
         (adapter / "adapter_model.safetensors").write_bytes(b"weights")
         await tell(
-            {"kind": "made", "rank": 8, "alpha": 16, "target_modules": ["q_proj"], "base_version": "0123456789ab"}
+            {
+                "kind": "made",
+                "rank": 8,
+                "alpha": 16,
+                "target_modules": ["q_proj"],
+                "base_version": "0123456789ab",
+                "base_weights_sha256": "ab" * 32,
+            }
         )
         return FakeEnd()
 

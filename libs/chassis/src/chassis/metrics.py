@@ -47,7 +47,9 @@ GRAMMAR_COMPILE_SECONDS = Histogram(
     buckets=_SECONDS,
 )
 ADAPTER_LOADS = Counter(
-    "pressroom_adapter_loads", "Loads of adapters, by outcome: loaded, present, full or failed.", ["service", "outcome"]
+    "pressroom_adapter_loads",
+    "Loads of adapters, by outcome: loaded, present, full, busy or failed.",
+    ["service", "outcome"],
 )
 ADAPTER_EVICTIONS = Counter("pressroom_adapter_evictions", "Adapters that made room for others.", ["service"])
 ADAPTER_BYTES = Gauge("pressroom_adapter_bytes", "Memory of adapters.", ["service"])

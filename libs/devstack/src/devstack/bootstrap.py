@@ -33,6 +33,7 @@ PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PYTORCH_PATIENCE_S = 15
 STEP_TIMEOUT_S = 1800
 NUM_SHOWN_LINES = 15
+NATIVE_BUILD = CHECKOUT / "services/generator/src/generator/backends/native_runner/build.py"
 
 
 class SetupFailed(Exception):
@@ -83,8 +84,9 @@ def main() -> int:
             wait_for_turn(lock.fileno())
             if STAMP.exists() and STAMP.read_text().strip() == lock_sha256() and PYTHON.exists():
                 write_paths()
-                return 0
-            install()
+            else:
+                install()
+            build_native()
     except SetupFailed as failure:
         for line in failure.lines[-NUM_SHOWN_LINES:]:
             print(f"  | {line}", file=sys.stderr)
@@ -146,6 +148,20 @@ def install() -> None:
     write_paths()
     progress.end(f"{num_packages} packages")
     STAMP.write_text(lock_sha256() + "\n")
+
+
+def build_native() -> None:
+    """Compiles the generator's kernels with the environment's own compiler, unless they are as the sources are."""
+    if subprocess.run([str(PYTHON), str(NATIVE_BUILD), "--check"], capture_output=True).returncode == 0:
+        return
+    LOG.parent.mkdir(parents=True, exist_ok=True)
+    progress = Progress()
+    progress.begin("native engine")
+    if run([str(PYTHON), str(NATIVE_BUILD)], progress):
+        raise SetupFailed(
+            "the native engine could not be compiled. Next: read the log, or set GENERATOR_ENGINE=torch", tail()
+        )
+    progress.end()
 
 
 def has_usable_pip() -> bool:

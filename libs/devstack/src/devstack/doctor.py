@@ -17,7 +17,6 @@ from devstack.up import describe_holder
 
 _NEEDED_MEMORY_BYTES = 4 * 1024**3
 _NEEDED_DISK_BYTES = 2 * 1024**3
-_MODELS = ("smollm2-135m-instruct", "all-minilm-l6-v2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ def _private_files(settings: Settings, home: Home) -> Iterator[Finding]:
 
 
 def _models(settings: Settings, home: Home) -> Iterator[Finding]:
-    for model in _MODELS:
+    for model in topology.MODELS:
         folder = home.models / model
         try:
             files = json.loads((folder / "manifest.json").read_text())["files"]

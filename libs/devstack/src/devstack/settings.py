@@ -25,6 +25,22 @@ class Settings:
     num_cores: int
 
 
+@dataclass(frozen=True, slots=True)
+class HubSettings:
+    """Where models are fetched from, and what is shown there to be let in."""
+
+    endpoint: str
+    token: str
+
+
+def load_hub() -> HubSettings:
+    """Reads HF_ENDPOINT and HF_TOKEN. HF_HUB_OFFLINE is for libraries that ask unasked; who names a hub means it."""
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if not endpoint.startswith(("https://", "http://")):
+        raise BadSettings(f"HF_ENDPOINT is {endpoint!r}; set it to a URL such as https://huggingface.co")
+    return HubSettings(endpoint, os.environ.get("HF_TOKEN") or "")
+
+
 def load() -> Settings:
     """Reads PRESSROOM_HOME, PRESSROOM_PORT and PRESSROOM_LOG_LEVEL; raises BadSettings."""
     raw_port = os.environ.get("PRESSROOM_PORT") or str(DEFAULT_BASE_PORT)

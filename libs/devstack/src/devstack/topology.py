@@ -13,6 +13,7 @@ from devstack.probes import GrpcProbe, HttpProbe, ValkeyProbe
 from devstack.specs import Spec, Tier
 
 HOST = "127.0.0.1"
+LLM, ENCODER = MODELS = ("smollm2-135m-instruct", "all-minilm-l6-v2")
 
 # Offsets from the base port. "gateway.http" is the one that people use.
 PORT_OFFSETS: Mapping[str, int] = {
@@ -85,12 +86,12 @@ def _gateway(wiring: Wiring) -> dict[str, str]:
 
 
 def _embedder(wiring: Wiring) -> dict[str, str]:
-    return {"MODEL_DIR": str(wiring.home.models / "all-minilm-l6-v2")}
+    return {"MODEL_DIR": str(wiring.home.models / ENCODER)}
 
 
 def _generator(wiring: Wiring) -> dict[str, str]:
     return {
-        "MODEL_DIR": str(wiring.home.models / "smollm2-135m-instruct"),
+        "MODEL_DIR": str(wiring.home.models / LLM),
         "NUM_THREADS": str(min(wiring.num_cores, 16)),
         "STORE_DIR": str(wiring.home.models),
     }
@@ -124,7 +125,7 @@ def _trainer(wiring: Wiring) -> dict[str, str]:
 def _monitor(wiring: Wiring) -> dict[str, str]:
     return {
         "DATA_DIR": str(wiring.home.data / "monitor"),
-        "ENCODER_DIR": str(wiring.home.models / "all-minilm-l6-v2"),
+        "ENCODER_DIR": str(wiring.home.models / ENCODER),
     }
 
 

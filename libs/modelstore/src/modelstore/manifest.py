@@ -105,6 +105,14 @@ class Manifest:
                 return self._inside(entry)
         raise PlatformError(Code.DATA_LOSS, f"model {self.id}: its manifest lists no file {name}")
 
+    @property
+    def weights_sha256(self) -> str:
+        """The sum of the weights that training and adapters are made from; empty where there are none.
+
+        It stays when a model is packed in one more format, which the version does not.
+        """
+        return next((entry.sha256 for entry in self.files if entry.path == "model.safetensors"), "")
+
     def _inside(self, entry: ManifestFile) -> Path:
         """Refuses what leaves the folder through a symlink; the folder itself may be one."""
         path = self.root / entry.path

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chassis.errors import Code, PlatformError
-from modelstore.tensors import TensorFile
+from modelstore.tensors import TensorFile, claim_of, write_tensors
 
 PackFormat = Literal["int4", "int8"]
 Progress = Callable[[int, int], None]
@@ -52,8 +52,6 @@ def pack_model(folder: Path, target: Path, form: PackFormat, progress: Progress 
 
     Raises PlatformError: FAILED_PRECONDITION for a model of another shape, DATA_LOSS for damaged weights.
     """
-    from safetensors.numpy import save_file
-
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     num_layers = _check_shape(config)
     source = TensorFile(folder / "model.safetensors")
@@ -71,7 +69,8 @@ def pack_model(folder: Path, target: Path, form: PackFormat, progress: Progress 
             rows = [source.float32(f"{prefix}.{part}.weight") for part in parts]
             packed[f"layers.{layer}.{name}"] = pack_matrix(np.concatenate(rows), form)
         progress(layer + 2, total)
-    save_file(packed, target, metadata={"layout": LAYOUT, "format": form})
+    claims = {name: claim_of(values) for name, values in packed.items()}
+    write_tensors(target, claims, {"layout": LAYOUT, "format": form})
 
 
 def pack_matrix(weights: NDArray[np.float32], form: PackFormat) -> NDArray[np.uint8]:

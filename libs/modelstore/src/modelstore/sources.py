@@ -8,9 +8,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from chassis.errors import Code, PlatformError
 from modelstore.manifest import sha256_of
+from modelstore.packing import PackFormat
 
 _TABLE = Path(__file__).with_name("sources.toml")
 
@@ -20,7 +22,8 @@ class ModelSource:
     """One model that can be made: the package that carries it, the sums of what is read and of what is written.
 
     `weights` is the path of the weights in the package; `inputs` and `outputs` map paths to sha256; `needed_bytes` is
-    the disk space that making it takes.
+    the disk space that making it takes; `packs` are the formats that its weights are packed in for the native engine;
+    `earlier_versions` are those of its manifest before now, of the same weights.
     """
 
     id: str
@@ -32,12 +35,19 @@ class ModelSource:
     weights: str
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
+    packs: tuple[PackFormat, ...] = ()
+    earlier_versions: tuple[str, ...] = ()
 
 
 def load_sources(table: Path = _TABLE) -> tuple[ModelSource, ...]:
     """Reads the table."""
     document = tomllib.loads(table.read_text(encoding="utf-8"))
-    return tuple(ModelSource(**row) for row in document["model"])
+    return tuple(_source(row) for row in document["model"])
+
+
+def _source(row: dict[str, Any]) -> ModelSource:
+    lists = {name: tuple(row.get(name, ())) for name in ("packs", "earlier_versions")}
+    return ModelSource(**(row | lists))
 
 
 def locate_inputs(source: ModelSource) -> tuple[str, dict[str, Path]]:

@@ -1,11 +1,12 @@
-"""Reads safetensors files with numpy alone, and believes nothing that their headers claim.
+"""Reads safetensors files with numpy alone, and believes nothing that their headers claim; writes them.
 
-safetensors' own reader hands numpy no bfloat16; here it becomes float32, exactly.
+safetensors' own reader hands numpy no bfloat16; here it becomes float32, exactly. Its writer holds all tensors at once
+and gives the metadata in another order each time; here the same tensors give the same bytes.
 """
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+
+
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,45 @@ class TensorFile:
         return self.entries[name]
 
 
+@dataclass(frozen=True, slots=True)
+class TensorClaim:
+    """A tensor that is to be written; `make` is called when its turn has come and gives its very bits."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], NDArray[Any]]
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes it takes."""
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+def claim_of(values: NDArray[Any]) -> TensorClaim:
+    """Returns the claim of an array that is there already."""
+    name = next(name for name, dtype in _DTYPES.items() if dtype == values.dtype and name != "BF16")
+    return TensorClaim(name, values.shape, lambda: values)
+
+
+def write_tensors(path: Path, claims: Mapping[str, TensorClaim], metadata: Mapping[str, str]) -> None:
+    """Writes tensors one after another, the widest numbers first. The same input gives the same bytes."""
+    names = sorted(claims, key=lambda name: (-_DTYPES[claims[name].dtype].itemsize, name))
+    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in names:
+        claim, start = claims[name], end
+        end += claim.size_bytes
+        document[name] = {"dtype": claim.dtype, "shape": list(claim.shape), "data_offsets": [start, end]}
+    header = json.dumps(document, separators=(",", ":")).encode()
+    header += b" " * (-(len(header) + 8) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in names:
+            values = np.ascontiguousarray(claims[name].make())
+            assert values.nbytes == claims[name].size_bytes, name
+            file.write(values.data.cast("B") if values.size else b"")
+
+
 def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     size_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -78,11 +121,13 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
             raise _damaged(path, f"its header claims {length} bytes; the file has {size_bytes}")
         try:
             document = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _damaged(path, "its header is no JSON") from error
     if not isinstance(document, dict):
         raise _damaged(path, "its header is no JSON object")
     metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise _damaged(path, "its metadata are no JSON object")
     entries = {name: _read_entry(path, name, claim, 8 + length) for name, claim in document.items()}
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
@@ -91,7 +136,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         end = entry.end
     if end != size_bytes:
         raise _damaged(path, f"its tensors end at byte {end}; the file has {size_bytes}")
-    return entries, {str(key): str(value) for key, value in dict(metadata).items()}
+    return entries, {str(key): str(value) for key, value in metadata.items()}
 
 
 def _read_entry(path: Path, name: str, claim: Any, offset: int) -> TensorEntry:

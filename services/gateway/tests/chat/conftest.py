@@ -63,6 +63,7 @@ class FakeGenerator:
     error: Exception | None = None
     adapters: set[str] = field(default_factory=set)
     context_length: int = CONTEXT_LENGTH
+    script: str | None = None  # says this, three characters a token, and knows grammars
 
     async def generate(self, call: Generation, *, timeout_s: float) -> AsyncGenerator[GenerationEvent]:
         assert timeout_s > 0
@@ -71,6 +72,10 @@ class FakeGenerator:
             raise PlatformError(Code.NOT_FOUND, "unknown model", param="model", reason="model_not_found")
         if call.adapter and call.adapter not in self.adapters:
             raise PlatformError(Code.NOT_FOUND, "no such adapter", param="model", reason="model_not_found")
+        if self.script is not None:
+            async for event in self._say(call, self.script):
+                yield event
+            return
         if call.grammar is not None:
             raise PlatformError(Code.UNIMPLEMENTED, "this engine has no grammars", param="grammar")
         if self.error is not None and self.fail_after is None:
@@ -101,6 +106,19 @@ class FakeGenerator:
             self.num_finished += 1
         finally:
             self.num_cancelled += not complete
+
+    async def _say(self, call: Generation, script: str) -> AsyncGenerator[GenerationEvent]:
+        if self.error is not None:
+            raise self.error
+        yield Started(len(words_of(call.prompt)), "v1")
+        pieces = [script[at : at + 3] for at in range(0, len(script), 3)]
+        most = call.stopping.max_tokens or len(pieces)
+        for index in range(call.n):
+            for piece in pieces[:most]:
+                yield Delta(index, piece, 1, self._logprobs(call, piece))
+        for index in range(call.n):
+            yield Finished(index, "length" if most < len(pieces) else "stop")
+        yield Done(Usage(len(words_of(call.prompt)), min(most, len(pieces)) * call.n, 0))
 
     @staticmethod
     def _logprobs(call: Generation, text: str) -> tuple[TokenLogprob, ...]:

@@ -9,15 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from chassis.errors import PlatformError
+from chassis.errors import Code, PlatformError
+from generator.api import accounting
+from generator.api.grammars import GrammarDesk
+from generator.api.metering import MeteredCompiler
 from generator.backends import native_runner
 from generator.backends.hf_tokenizer import HfTokenizer
+from generator.backends.llguidance_grammar import LlguidanceCompiler, byte_tokenizer, load_tokenizer
 from generator.backends.native_runner.library import load_library
 from generator.backends.native_runner.weights import find_pack
 from generator.core.adapters import AdapterLimits
 from generator.core.batching import BatchingEngine
 from generator.core.blocks import BlockManager
 from generator.core.engine import Engine, Runner
+from generator.core.requests import ModelSpec
 from generator.core.scheduler import SchedulerLimits
 from generator.core.steps import StepReport
 from generator.core.text import Tokenizer
@@ -27,7 +32,8 @@ from modelstore import Manifest
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[StepReport], None]
-_MAX_DRAFTS = 8  # for each running sequence
+_SERVICE = "generator"
+_GRAMMAR_WORKERS = 2
 
 
 class ServedEngine(Engine, Protocol):
@@ -54,11 +60,15 @@ class SizedRunner(Runner, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """An engine that is not started yet. `is_ready` says whether it can answer now."""
+    """An engine that is not started yet. `is_ready` says whether it can answer now.
+
+    `grammars` compiles for the engines of ours, and is to be closed; vLLM compiles its own.
+    """
 
     engine: ServedEngine
     tokenizer: Tokenizer
     is_ready: Callable[[], bool] = lambda: True
+    grammars: GrammarDesk | None = None
 
 
 async def choose(settings: GeneratorSettings, on_step: OnStep = lambda report: None) -> Chosen:
@@ -70,7 +80,7 @@ async def choose(settings: GeneratorSettings, on_step: OnStep = lambda report: N
         case "vllm":
             return await asyncio.to_thread(make_vllm_engine, settings)
         case "toy":
-            return make_toy_engine(settings, on_step)
+            return await asyncio.to_thread(make_toy_engine, settings, on_step)
         case "torch":
             load = load_torch
         case "native":
@@ -78,7 +88,8 @@ async def choose(settings: GeneratorSettings, on_step: OnStep = lambda report: N
         case "auto":
             load = load_native if can_run_native(settings) else load_torch
     runner, tokenizer = await asyncio.to_thread(load, settings)
-    return Chosen(_batching(settings, runner, tokenizer, on_step), tokenizer)
+    compiler = await asyncio.to_thread(_make_compiler, settings, runner.model)
+    return _batching(settings, runner, tokenizer, compiler, on_step)
 
 
 def can_run_native(settings: GeneratorSettings) -> bool:
@@ -97,8 +108,9 @@ def load_native(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
     """Verifies the model's files, then maps its packed weights and warms them up. Raises PlatformError."""
     manifest = Manifest.load(settings.model_dir)
     manifest.verify()
-    # Every running sequence may bring drafts into a step, on top of the tokens that the scheduler counts.
-    most = settings.max_step_tokens + settings.max_background_tokens + settings.max_running * (1 + _MAX_DRAFTS)
+    # Running sequences may bring drafts into a step, on top of the tokens that the scheduler counts.
+    most = max(settings.max_step_tokens, settings.max_running) + settings.max_background_tokens
+    most += settings.max_running * settings.max_drafts
     options = native_runner.RunnerOptions(
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_mb * 1024 * 1024,
@@ -122,7 +134,11 @@ def load_native(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
 
 def load_torch(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
     """Verifies the model's files, then loads and warms it in torch. Blocks for seconds. Raises PlatformError."""
-    from generator.backends.torch_runner import RunnerOptions, make_runner
+    try:
+        from generator.backends.torch_runner import RunnerOptions, make_runner
+    except ImportError as error:
+        message = f"the engine torch cannot run here ({error}): use GENERATOR_ENGINE=native, or the GPU image"
+        raise PlatformError(Code.FAILED_PRECONDITION, message, retryable=False) from error
 
     manifest = Manifest.load(settings.model_dir)
     manifest.verify()
@@ -154,7 +170,7 @@ def make_toy_engine(settings: GeneratorSettings, on_step: OnStep = lambda report
     tokenizer = ByteTokenizer()
     num_blocks = settings.max_running * settings.max_model_len // settings.block_size + 1
     runner = ToyRunner(num_blocks, settings.block_size, settings.max_model_len, settings.model_dir.name)
-    return Chosen(_batching(settings, runner, tokenizer, on_step), tokenizer)
+    return _batching(settings, runner, tokenizer, _make_compiler(settings), on_step)
 
 
 def make_vllm_engine(settings: GeneratorSettings) -> Chosen:
@@ -179,15 +195,40 @@ def adapter_limits(settings: GeneratorSettings) -> AdapterLimits:
     return AdapterLimits(settings.max_adapters, settings.adapter_memory_mb * 1024 * 1024)
 
 
+def _make_compiler(settings: GeneratorSettings, model: ModelSpec | None = None) -> LlguidanceCompiler:
+    """Makes the compiler of grammars with its processes, for bytes where there is no model. Blocks for 0.3 s."""
+    compiler = LlguidanceCompiler(
+        byte_tokenizer() if model is None else load_tokenizer(settings.model_dir, model),
+        timeout_s=settings.grammar_timeout_s,
+        max_cached=settings.grammar_cache_size,
+        num_workers=_GRAMMAR_WORKERS,
+    )
+    compiler.start()
+    return compiler
+
+
 def _batching(
-    settings: GeneratorSettings, runner: SizedRunner, tokenizer: Tokenizer, on_step: OnStep
-) -> BatchingEngine:
+    settings: GeneratorSettings,
+    runner: SizedRunner,
+    tokenizer: Tokenizer,
+    compiler: LlguidanceCompiler,
+    on_step: OnStep,
+) -> Chosen:
     limits = SchedulerLimits(
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
         max_step_tokens=settings.max_step_tokens,
         max_mixed_prefill_tokens=settings.max_mixed_prefill_tokens,
+        max_slowdown=settings.max_slowdown,
         max_background_tokens=settings.max_background_tokens,
+        max_drafts=settings.max_drafts if settings.speculation else 0,
+        max_speculative_batch=settings.max_speculative_batch,
     )
     blocks = BlockManager(runner.num_blocks, runner.block_size, settings.prefix_caching)
-    return BatchingEngine(runner, tokenizer, blocks, limits, adapter_limits(settings), on_step=on_step)
+    engine = BatchingEngine(
+        runner, tokenizer, blocks, limits, adapter_limits(settings), grammars=compiler, on_step=on_step
+    )
+    # A new process, where one was killed, comes on top of the budget.
+    metered = MeteredCompiler(compiler, accounting.SERVICE)
+    desk = GrammarDesk(metered, timeout_s=3 * settings.grammar_timeout_s, num_threads=_GRAMMAR_WORKERS)
+    return Chosen(engine, tokenizer, grammars=desk)

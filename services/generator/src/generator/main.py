@@ -17,10 +17,16 @@ from generator.backends.adapter_store import FolderAdapterStore
 from generator.core.library import AdapterLibrary
 from generator.core.requests import ModelSpec
 from generator.settings import GeneratorSettings
+from modelstore import Manifest
+
+# Seconds that the engine's thread may wait for the event loop to hand over the interpreter; Python's own 0.005 is as
+# long as a step.
+_SWITCH_INTERVAL_S = 0.0005
 
 
 def main() -> int:
     settings = load_settings(GeneratorSettings)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
     async def setup(app: App) -> None:
         meter = EngineMeter(app.name)
@@ -30,6 +36,8 @@ def main() -> int:
         app.on_close(engine.close)
         app.spawn("engine", engine.watch())
         app.ready_when("engine", chosen.is_ready)
+        if chosen.grammars is not None:
+            app.on_close(chosen.grammars.close)
         library = AdapterLibrary(engine, _store(settings, engine.model), accounting.count_adapter_load)
 
         async def drain() -> None:
@@ -41,7 +49,7 @@ def main() -> int:
         await library.load_all()  # before the ports open: a restart must not make a tuned model unknown for a while
         app.add_grpc(
             generator_pb2_grpc.add_GeneratorServiceServicer_to_server,
-            GeneratorServicer(engine, library, chosen.tokenizer, meter),
+            GeneratorServicer(engine, library, chosen.tokenizer, meter, chosen.grammars),
             "pressroom.generator.v1.GeneratorService",
         )
         streams = [StreamSpec(s.name, s.subjects, s.retention, s.max_age_s, s.max_bytes) for s in subjects.STREAMS]
@@ -63,8 +71,15 @@ def main() -> int:
 def _store(settings: GeneratorSettings, model: ModelSpec) -> FolderAdapterStore | None:
     if settings.store_dir is None:
         return None
-    max_bytes = engines.adapter_limits(settings).max_bytes
-    return FolderAdapterStore(settings.store_dir, model.id, model.version, max_bytes)
+    manifest = Manifest.load(settings.model_dir)
+    return FolderAdapterStore(
+        settings.store_dir,
+        model.id,
+        model.version,
+        engines.adapter_limits(settings).max_bytes,
+        base_weights_sha256=manifest.weights_sha256,
+        earlier_versions=manifest.config.get("earlier_versions", ()),
+    )
 
 
 if __name__ == "__main__":

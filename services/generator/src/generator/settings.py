@@ -58,8 +58,19 @@ class GeneratorSettings(ServiceSettings):
     # A cancel waits for the step that runs. 128 tokens are as fast for each token as 512, and take 0.2 s on two cores.
     max_step_tokens: int = Field(128, ge=16, le=65536, description="Most tokens in one step, the background's aside.")
     max_mixed_prefill_tokens: int = Field(
-        64, ge=1, le=65536, description="Most prompt tokens in a step that others decode in: bounds their stutter."
+        256, ge=1, le=65536, description="Most prompt tokens in a step that others decode in; longer prompts are paced."
     )
+    grammar_timeout_s: float = Field(
+        0.7, gt=0, le=60, description="Longest time that a grammar may take to compile, in seconds."
+    )
+    grammar_cache_size: int = Field(128, ge=1, le=65536, description="Compiled grammars that are kept.")
+    # Less spares running streams and makes long prompts wait for longer; the README has the figures.
+    max_slowdown: float = Field(
+        1.8, ge=1, le=1000, description="How many times as long a step may take with a piece of a long prompt."
+    )
+    speculation: bool = Field(True, description="Whether repeated text is guessed from prompt and completion.")
+    max_drafts: int = Field(4, ge=1, le=32, description="Most tokens guessed for one sequence and step.")
+    max_speculative_batch: int = Field(4, ge=1, le=1024, description="Most decoding sequences beside which it guesses.")
     max_background_tokens: int = Field(
         8, ge=1, le=65536, description="Most tokens of the background (priority below 0) in a step with others."
     )

@@ -1,4 +1,4 @@
-"""Commands that talk to the running system over its HTTP API: ask, ingest, keys, jobs, models."""
+"""Commands that talk to the running system over its HTTP API: ask, ingest, keys, jobs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,9 +46,6 @@ def register(app: typer.Typer) -> None:
     jobs.command("show", epilog=examples("./pressroom jobs show job_123 --json"))(show_job)
     jobs.command("cancel", epilog=examples("./pressroom jobs cancel job_123"))(cancel_job)
     app.add_typer(jobs, name="jobs", epilog=examples("./pressroom jobs list", "./pressroom jobs show job_123"))
-    models = typer.Typer(no_args_is_help=True, help="Show what can be asked.", rich_markup_mode=None)
-    models.command("list", epilog=examples("./pressroom models list", "./pressroom models list --json"))(list_models)
-    app.add_typer(models, name="models", epilog=examples("./pressroom models list"))
 
 
 def ask(
@@ -174,15 +171,6 @@ def cancel_job(job_id: Annotated[str, typer.Argument(metavar="ID")]) -> None:
     """Ask a job to stop."""
     job = _api().post(f"/jobs/{job_id}/cancel", {})
     print(f"{job_id}: {job.get('status', 'asked to stop')}")
-
-
-def list_models(as_json: _Json = False) -> None:
-    """List the models, graphs among them."""
-    rows = _items(_api().get("/models"))
-    if as_json:
-        print_json(rows)
-    else:
-        print_table(("id", "owned_by"), [[row["id"], row.get("owned_by")] for row in rows])
 
 
 def _progress(job: dict[str, Any]) -> str:

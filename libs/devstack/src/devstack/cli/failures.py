@@ -1,5 +1,6 @@
 """Turns whatever ends a command into one line for people, and an exit code."""
 
+import errno
 import os
 import sys
 import traceback
@@ -18,8 +19,13 @@ def report(error: Exception) -> int:
         _say("failed: Pressroom is not running; start it: make up")
     elif isinstance(error, control.ControlLost):
         _say(f"failed: the supervisor does not answer ({error}); ./pressroom down ends it")
-    elif isinstance(error, settings.BadSettings | CommandFailed) or type(error).__name__ == "ApiError":
+    elif isinstance(error, settings.BadSettings | CommandFailed) or type(error).__name__ in (
+        "ApiError",
+        "PlatformError",
+    ):
         _say(f"failed: {error}")
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        _say(f"failed: the disk is full: {error}")
     elif isinstance(error, BrokenPipeError):  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     elif os.environ.get("PRESSROOM_DEBUG"):

@@ -1,8 +1,6 @@
 """POST /v1/chat/completions: OpenAI's chat, over any graph."""
 
-import time
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -13,13 +11,27 @@ from starlette.responses import Response
 
 from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
-from gateway.api.inference import InferenceResponse, JsonObject, account_of, deadline_of
+from gateway.api.inference import InferenceResponse, account_of, deadline_of
 from gateway.api.json_body import Body, read_json
-from gateway.api.openai_logprobs import chat_logprobs
-from gateway.api.openai_params import MaxTokens, SamplingBody, usage_object
+from gateway.api.openai_chat_rendering import ChatRendering
+from gateway.api.openai_constraints import ConstrainedBody, ResponseFormat
+from gateway.api.openai_params import MaxTokens, SamplingBody
+from gateway.api.openai_tools import (
+    MAX_TOOLS,
+    CalledTool,
+    Tool,
+    ToolChoice,
+    callable_tools,
+    wanted_calls,
+)
 from gateway.core.catalog import Catalog
-from gateway.core.graph import GraphEvent, GraphRequest, Grounding
-from gateway.core.services import Chat, Delta, Done, Finished, Grammar, Message, Started, TokenLogprob, Usage
+from gateway.core.graph import GraphRequest
+from gateway.core.services import (
+    Chat,
+    Grammar,
+    Message,
+    ToolCalls,
+)
 
 _MAX_MESSAGES = 4096
 _MAX_TOP_LOGPROBS = 20
@@ -53,13 +65,15 @@ class ChatTurn(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
+    tool_calls: list[CalledTool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> "ChatTurn":
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("the message has no content")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message of the role tool needs the tool_call_id that it answers")
         return self
 
     def message(self) -> Message:
@@ -68,39 +82,12 @@ class ChatTurn(Body):
         return Message(
             role="system" if self.role == "developer" else self.role,
             content=text,
-            tool_calls_json=orjson.dumps(self.tool_calls).decode() if self.tool_calls else "",
+            tool_calls_json=_dump([call.model_dump() for call in self.tool_calls]) if self.tool_calls else "",
             tool_call_id=self.tool_call_id or "",
         )
 
 
-class JsonSchema(Body):
-    """The schema that an answer must keep to."""
-
-    json_schema: dict[str, Any] = Field(alias="schema")
-
-
-class ResponseFormat(Body):
-    """What form the answer must have."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    def grammar(self) -> Grammar | None:
-        """The constraint for the generator."""
-        if self.type == "text":
-            return None
-        if self.json_schema is None:
-            return Grammar("json_object")
-        return Grammar("json_schema", orjson.dumps(self.json_schema.json_schema).decode())
-
-    @model_validator(mode="after")
-    def _has_schema(self) -> "ResponseFormat":
-        if self.type == "json_schema" and self.json_schema is None:
-            raise ValueError("type json_schema needs the field json_schema with a schema")
-        return self
-
-
-class ChatBody(SamplingBody):
+class ChatBody(SamplingBody, ConstrainedBody):
     """The request."""
 
     messages: list[ChatTurn] = Field(min_length=1, max_length=_MAX_MESSAGES)
@@ -109,8 +96,10 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = Field(None, max_length=128)
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[Tool] | None = Field(None, min_length=1, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = None
     collection: Annotated[str, Field(min_length=1, max_length=64)] | None = None
 
     @field_validator("top_logprobs")
@@ -120,130 +109,79 @@ class ChatBody(SamplingBody):
             raise ValueError("needs logprobs: true")
         return value
 
+    @field_validator("messages")
+    @classmethod
+    def _tools_answer_calls(cls, value: list[ChatTurn]) -> list[ChatTurn]:
+        open_ids: set[str] = set()
+        for number, turn in enumerate(value):
+            if turn.role == "tool":
+                if turn.tool_call_id not in open_ids:
+                    raise ValueError(f"message {number} of the role tool answers no tool_calls of a message before it")
+                open_ids.discard(turn.tool_call_id or "")
+                continue
+            if open_ids:
+                raise ValueError(f"the tool_calls {sorted(open_ids)} are not answered before message {number}")
+            open_ids = {call.id for call in turn.tool_calls or ()}
+        if open_ids:
+            raise ValueError(f"the tool_calls {sorted(open_ids)} are not answered by messages of the role tool")
+        return value
+
     def refuse_what_is_missing(self) -> None:
-        """Raises UNIMPLEMENTED for parameters that change the answer and are not there yet."""
-        if self.tools and self.tool_choice != "none":
-            raise PlatformError(Code.UNIMPLEMENTED, "tools are not supported", param="tools")
+        """Raises UNIMPLEMENTED for parameters that change the answer and are not there."""
+        if self.functions:
+            raise PlatformError(Code.UNIMPLEMENTED, "functions are not supported: send tools", param="functions")
+
+    def callable_places(self) -> list[int]:
+        """Places of the tools that the answer may call."""
+        return callable_tools(self.tools or (), self.tool_choice)
+
+    def params(self) -> Mapping[str, str]:
+        """What this request calls the fields that the generator names in its errors, where the names differ."""
+        places = self.callable_places()
+        _, name = self.constraint(self.response_format)
+        # "input" is what the encoder of a graph calls the question.
+        names = {"prompt": "messages", "input": "messages", "grammar": name}
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        if places and name == "response_format" and self.response_format is None:
+            names["grammar"] = "tools"
+        fields = ("function.parameters", "function.name")
+        return names | {f"tools[{i}].{x}": f"tools[{place}].{x}" for i, place in enumerate(places) for x in fields}
+
+    def _wanted(self) -> tuple[Grammar | ToolCalls | None, str]:
+        """The constraint for the generator, and the tools for its prompt."""
+        grammar, name = self.constraint(self.response_format)
+        places = self.callable_places()
+        if not places:
+            return grammar, ""
+        schema = ""
+        if grammar is not None:
+            if grammar.kind not in ("json_object", "json_schema"):
+                raise PlatformError(Code.UNIMPLEMENTED, f"{name} is not supported beside tools", param=name)
+            schema = grammar.source or '{"type": "object"}'
+        tools = [(self.tools or [])[place] for place in places]
+        is_parallel = self.parallel_tool_calls is not False
+        calls = wanted_calls(tools, self.tool_choice, is_parallel=is_parallel, json_schema=schema)
+        return calls, calls.tools_json
 
     def request(self, tenant: str, *, priority: int = 0) -> GraphRequest:
         """What the graph is asked."""
+        grammar, tools_json = self._wanted()
         return GraphRequest(
-            prompt=Chat(tuple(turn.message() for turn in self.messages)),
+            prompt=Chat(tuple(turn.message() for turn in self.messages), tools_json),
             tenant=tenant,
             sampling=self.sampling(),
             stopping=self.stopping(self.max_completion_tokens or self.max_tokens),
             n=self.n or 1,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            grammar=self.response_format.grammar() if self.response_format else None,
+            grammar=grammar,
             collection=self.collection,
             priority=priority,
         )
 
 
-class _Choice:
-    """One completion as it grows."""
-
-    def __init__(self) -> None:
-        self.text: list[str] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.finish_reason: str | None = None
-
-
-class ChatRendering:
-    """Events as chat.completion and chat.completion.chunk."""
-
-    def __init__(
-        self, *, model: str, n: int, logprobs: bool, include_usage: bool, max_tokens_name: str = "max_tokens"
-    ) -> None:
-        # "input" is what the encoder of a graph calls the question.
-        self.params: Mapping[str, str] = {
-            "prompt": "messages",
-            "input": "messages",
-            "grammar": "response_format",
-            "max_tokens": max_tokens_name,
-        }
-        self._model = model
-        self._logprobs = logprobs
-        self._include_usage = include_usage
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-        self._choices = [_Choice() for _ in range(n)]
-        self._fingerprint: str | None = None
-        self._grounding: Grounding | None = None
-        self._usage = Usage()
-
-    def take(self, event: GraphEvent) -> Iterable[JsonObject]:
-        """The chunks for one event."""
-        match event:
-            case Delta():
-                choice = self._choices[event.index]
-                choice.text.append(event.text)
-                choice.logprobs.extend(event.logprobs)
-                if event.text or event.logprobs:
-                    logprobs = chat_logprobs(event.logprobs) if self._logprobs else None
-                    yield self._chunk(event.index, {"content": event.text}, logprobs)
-            case Started():
-                self._fingerprint = event.model_version or None
-                for index in range(len(self._choices)):
-                    yield self._chunk(index, {"role": "assistant", "content": ""}, None)
-            case Finished():
-                self._choices[event.index].finish_reason = event.reason
-                yield self._chunk(event.index, {}, None, event.reason) | self._grounded()
-            case Grounding():
-                self._grounding = event
-            case Done():
-                self._usage = event.usage
-                if self._include_usage:
-                    yield self._head("chat.completion.chunk") | {"choices": [], "usage": usage_object(event.usage)}
-
-    def whole(self) -> JsonObject:
-        """The answer in one piece."""
-        choices = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
-                "logprobs": chat_logprobs(choice.logprobs) if self._logprobs else None,
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(self._choices)
-        ]
-        head = self._head("chat.completion")
-        return head | {"choices": choices, "usage": usage_object(self._usage)} | self._grounded()
-
-    def _head(self, kind: str) -> dict[str, object]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-            "system_fingerprint": self._fingerprint,
-        }
-
-    def _chunk(
-        self,
-        index: int,
-        delta: Mapping[str, object],
-        logprobs: Mapping[str, object] | None,
-        finish_reason: str | None = None,
-    ) -> dict[str, object]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        chunk = self._head("chat.completion.chunk") | {"choices": [choice]}
-        return chunk | {"usage": None} if self._include_usage else chunk
-
-    def _grounded(self) -> dict[str, object]:
-        if self._grounding is None:
-            return {}
-        sources = [
-            {
-                "document_id": source.document_id,
-                "external_id": source.external_id or None,
-                "chunk_id": source.chunk_id,
-                "title": source.title,
-                "score": source.score,
-            }
-            for source in self._grounding.sources
-        ]
-        return {"grounded": self._grounding.grounded, "sources": sources}
+def _dump(value: object) -> str:
+    return orjson.dumps(value).decode()
 
 
 def chat_router(catalog: Catalog) -> APIRouter:
@@ -267,7 +205,8 @@ def chat_router(catalog: Catalog) -> APIRouter:
             n=wanted.n,
             logprobs=bool(body.logprobs),
             include_usage=body.include_usage,
-            max_tokens_name="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
+            has_tools=isinstance(wanted.grammar, ToolCalls),
+            params=body.params(),
         )
         events = graph.run(wanted, deadline_of(request))
         return InferenceResponse(events, rendering, account, stream=bool(body.stream))

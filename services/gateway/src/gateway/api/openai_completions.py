@@ -2,9 +2,8 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Annotated
 
 from fastapi import APIRouter
@@ -16,6 +15,7 @@ from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
 from gateway.api.inference import InferenceResponse, JsonObject, account_of, deadline_of
 from gateway.api.json_body import read_json
+from gateway.api.openai_constraints import ConstrainedBody
 from gateway.api.openai_logprobs import CompletionLogprobs
 from gateway.api.openai_params import MAX_CHOICES, MaxTokensOrNone, SamplingBody, TokenId, usage_object
 from gateway.core.catalog import Catalog
@@ -61,7 +61,7 @@ def prompts_of(value: str | Sequence[object]) -> list[str | tuple[int, ...]]:
     return [one if isinstance(one, str) else tuple(one) for one in value if isinstance(one, str | list)]
 
 
-class CompletionBody(SamplingBody):
+class CompletionBody(SamplingBody, ConstrainedBody):
     """The request."""
 
     prompt: Prompts
@@ -89,6 +89,7 @@ class CompletionBody(SamplingBody):
     def requests(self, tenant: str) -> list[GraphRequest]:
         """What the graph is asked, one for each prompt."""
         max_tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        grammar, _ = self.constraint()
         return [
             GraphRequest(
                 prompt=prompt,
@@ -98,6 +99,7 @@ class CompletionBody(SamplingBody):
                 n=self.n or 1,
                 logprobs=self.logprobs,
                 prompt_logprobs=self._prompt_logprobs(prompt),
+                grammar=grammar,
             )
             for prompt in prompts_of(self.prompt)
         ]
@@ -112,9 +114,9 @@ class CompletionBody(SamplingBody):
 class CompletionRendering:
     """Events as text_completion."""
 
-    params = MappingProxyType({"prompt_logprobs": "echo"})
-
     def __init__(self, body: CompletionBody, requests: Sequence[GraphRequest], model: str) -> None:
+        _, form = body.constraint()
+        self.params: Mapping[str, str] = {"prompt_logprobs": "echo", "grammar": form}
         self._model = model
         self._echo = bool(body.echo)
         self._include_usage = body.include_usage

@@ -1,5 +1,6 @@
 """The generator behind gRPC: core types to protobuf and back."""
 
+import json
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 
 import grpc.aio
@@ -24,6 +25,7 @@ from gateway.core.services import (
     Stopping,
     Tokenized,
     TokenLogprob,
+    ToolCalls,
     TopLogprob,
     Usage,
 )
@@ -142,9 +144,24 @@ def _stopping(stopping: Stopping) -> pb.StopParams:
     )
 
 
-def _grammar(grammar: Grammar) -> pb.Grammar:
-    if grammar.kind == "json_schema":
-        return pb.Grammar(json_schema=grammar.source)
+def _grammar(grammar: Grammar | ToolCalls) -> pb.Grammar:
+    if isinstance(grammar, ToolCalls):
+        tool_calls = pb.ToolCalls(
+            tools_json=grammar.tools_json,
+            is_required=grammar.is_required,
+            is_parallel=grammar.is_parallel,
+            json_schema=grammar.json_schema,
+        )
+        return pb.Grammar(tool_calls=tool_calls)
+    match grammar.kind:
+        case "json_schema":
+            return pb.Grammar(json_schema=grammar.source)
+        case "regex":
+            return pb.Grammar(regex=grammar.source)
+        case "choice":
+            return pb.Grammar(choice=pb.Choice(options=json.loads(grammar.source)))
+        case "ebnf":
+            return pb.Grammar(ebnf=grammar.source)
     return pb.Grammar(json_object=True)
 
 

@@ -21,6 +21,7 @@ from gateway.core.services import (
     Sampling,
     Source,
     Stopping,
+    ToolCalls,
 )
 
 
@@ -58,7 +59,7 @@ class GraphRequest:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    grammar: Grammar | None = None
+    grammar: Grammar | ToolCalls | None = None
     collection: str | None = None  # None: the one that the graph declares
     adapter: str = ""  # the adapter that its model answers through, where the graph is a plain one
     priority: int = 0  # scheduling class in the generator: higher runs first

@@ -226,4 +226,4 @@ class GenerateGrounded:
         for i, turn in enumerate(turns):
             if turn.role != "system":
                 messages.append(Message("user", asked) if i == last_user else turn)
-        return Chat(tuple(messages))
+        return Chat(tuple(messages), request.prompt.tools_json)

@@ -57,10 +57,24 @@ class Stopping:
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A constraint on the output: kind "json_object", or "json_schema" with the schema's JSON text."""
+    """A constraint on the output.
+
+    kind is "json_object", "json_schema" (the source is its JSON text), "regex", "choice" (a JSON list of strings) or
+    "ebnf".
+    """
 
     kind: str
     source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCalls:
+    """The output is calls of these tools, or text where they are not required; see core.tool_calls."""
+
+    tools_json: str
+    is_required: bool
+    is_parallel: bool
+    json_schema: str = ""  # what the text keeps to; empty for free text
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +89,7 @@ class Generation:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    grammar: Grammar | None = None
+    grammar: Grammar | ToolCalls | None = None
     adapter: str = ""  # answers through it; empty: the model itself
     priority: int = 0  # higher runs first
 

@@ -76,7 +76,7 @@ def _draw(name: str, start_s: float, end_s: float, attributes: dict[str, float])
 
 
 def count_adapter_load(outcome: str) -> None:
-    """Counts a load of an adapter: "loaded", "present", "full" or "failed"."""
+    """Counts a load of an adapter: "loaded", "present", "full", "busy" or "failed"."""
     metrics.ADAPTER_LOADS.labels(SERVICE, outcome).inc()
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Protocol
 
 from pressroom.generator.v1 import generator_pb2 as pb
@@ -11,6 +12,7 @@ from pressroom.generator.v1 import generator_pb2_grpc
 from chassis import context
 from chassis.errors import Code, PlatformError
 from generator.api import accounting, wire
+from generator.api.grammars import GrammarDesk
 from generator.api.metering import EngineMeter, StepTotals
 from generator.core import requests
 from generator.core.adapters import not_loaded
@@ -38,11 +40,14 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
         library: AdapterLibrary,
         tokenizer: Tokenizer,
         meter: EngineMeter | None = None,
+        grammars: GrammarDesk | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`grammars` compiles for an engine that wants them compiled."""
         self._engine = engine
         self._library = library
         self._tokenizer = tokenizer
+        self._grammars = grammars
         self._meter = meter
         self._clock = clock
 
@@ -51,6 +56,8 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
         deadline_s = self._deadline(request, rpc)
         prompt_ids = await self._prompt_ids(request)
         asked = wire.read_request(request, prompt_ids, adapter, context.current().request_id, deadline_s)
+        if asked.grammar is not None and self._grammars is not None:
+            asked = replace(asked, compiled=await self._grammars.compile(asked.grammar))
         model_id = adapter or self._engine.model.id
         if adapter:
             requests.check(asked, self._engine.model)  # before anything is loaded for its sake

@@ -1,5 +1,6 @@
 """Maps the wire types of pressroom.generator.v1 to core and back. No decisions: core checks what is allowed."""
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from generator.core.grammar import Grammar
 from generator.core.requests import GenerationRequest, ModelSpec, SamplingParams, StopParams
 from generator.core.sequences import TokenLogprob
 from generator.core.text import ChatMessage, Vocabulary
+from generator.core.tool_calls import tool_grammar
 
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -165,8 +167,15 @@ def _read_grammar(message: pb.GenerateRequest) -> Grammar | None:
     kind = message.grammar.WhichOneof("kind") if message.HasField("grammar") else None
     if kind is None:
         return None
-    value = getattr(message.grammar, kind)
-    return Grammar(kind, "\n".join(value.options) if kind == "choice" else str(value))
+    match kind:
+        case "json_object":
+            return Grammar(kind)
+        case "choice":
+            return Grammar(kind, json.dumps(list(message.grammar.choice.options), ensure_ascii=False))
+        case "tool_calls":
+            asked = message.grammar.tool_calls
+            return tool_grammar(asked.tools_json, asked.is_required, asked.is_parallel, asked.json_schema)
+    return Grammar(kind, getattr(message.grammar, kind))
 
 
 def _write_logprob(logprob: TokenLogprob, vocabulary: Vocabulary) -> pb.TokenLogprob:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from chassis.errors import Code, PlatformError
@@ -22,13 +23,25 @@ _SUFFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)  # it become
 class FolderAdapterStore:
     """See core.library.AdapterStore. Knows the one base whose adapters are of use here.
 
-    max_bytes: most that the files of one adapter may hold together.
+    max_bytes: most that the files of one adapter may hold together. An adapter names its base's weights by their sum;
+    an older one names a version, which may be one of `earlier_versions`: of the same weights.
     """
 
-    def __init__(self, root: Path, base_id: str, base_version: str, max_bytes: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        base_id: str,
+        base_version: str,
+        max_bytes: int,
+        *,
+        base_weights_sha256: str = "",
+        earlier_versions: Collection[str] = (),
+    ) -> None:
         self._root = root
         self._base_id = base_id
         self._base_version = base_version
+        self._base_weights_sha256 = base_weights_sha256
+        self._earlier_versions = frozenset(earlier_versions)
         self._max_bytes = max_bytes
 
     def read(self, order: AdapterOrder) -> AdapterFiles:
@@ -86,7 +99,7 @@ class FolderAdapterStore:
             message = f"the folder holds adapter {manifest.id!r}, not {adapter_id!r}"
             raise PlatformError(Code.INVALID_ARGUMENT, message, param="adapter")
         base, version = manifest.config.get("base"), manifest.config.get("base_version")
-        if (base, version) != (self._base_id, self._base_version):
+        if base != self._base_id or not self._has_our_weights(manifest):
             message = (
                 f"adapter {manifest.id!r} is for base {base!r} of version {version!r}; "
                 f"this generator serves {self._base_id!r} of version {self._base_version!r}"
@@ -98,6 +111,13 @@ class FolderAdapterStore:
                 f"adapter id {manifest.id[:200]!r} is not '{self._base_id}:<suffix>' of letters, digits, '.', '_', '-'"
             )
             raise PlatformError(Code.INVALID_ARGUMENT, message, param="adapter")
+
+    def _has_our_weights(self, manifest: Manifest) -> bool:
+        named = manifest.config.get("base_weights_sha256")
+        if named and self._base_weights_sha256:
+            return bool(named == self._base_weights_sha256)
+        version = manifest.config.get("base_version")
+        return version == self._base_version or version in self._earlier_versions
 
     def _check_sizes(self, manifest: Manifest) -> None:
         """Looks at sizes first: gigabytes are not summed up only to be refused."""

@@ -1,31 +1,30 @@
 """Renders a chat with the template that came with a model, in jinja2's sandbox and with nothing else in reach.
 
-The environment offers what transformers offers to templates, so that a model's template means the same here.
+The sandbox is the model store's: what was probed when a model was added is what runs here. Tools are rendered by a
+template that writes calls in our form (core.tool_calls), and by tool_prompt for every other one.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from chassis.errors import Code, PlatformError
+from generator.backends.tool_prompt import with_tools
+from generator.core import tool_calls
 from generator.core.text import ChatMessage
+from modelstore.chat_sandbox import make_environment
 
 
 class ChatTemplate:
     """A compiled template. Raises PlatformError(DATA_LOSS) when the model's file is no template."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment = make_environment()
         self._special_tokens = special_tokens
-        self._knows_tools = "tools" in source
+        self._knows_tools = "tools" in source and tool_calls.BEGIN in source
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -37,13 +36,12 @@ class ChatTemplate:
         `guard` is applied to every string that comes from the client, before the template sees it.
         """
         tools = _guarded(_load_list("tools", tools_json), guard)
-        if tools and not self._knows_tools:
-            raise PlatformError(
-                Code.UNIMPLEMENTED, "this model's chat template knows no tools", param="tools", reason="unsupported"
-            )
+        turns = [_guarded(_as_dict(place, message), guard) for place, message in enumerate(messages)]
+        if not self._knows_tools:
+            turns, tools = with_tools(turns, tools), []
         try:
             return self._template.render(
-                messages=[_guarded(_as_dict(message), guard) for message in messages],
+                messages=turns,
                 tools=tools or None,
                 documents=None,
                 add_generation_prompt=True,
@@ -55,13 +53,27 @@ class ChatTemplate:
             ) from error
 
 
-def _as_dict(message: ChatMessage) -> dict[str, Any]:
+def _as_dict(place: int, message: ChatMessage) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls_json:
-        turn["tool_calls"] = _load_list("messages", message.tool_calls_json)
+        param = f"messages[{place}].tool_calls"
+        calls = _load_list(param, message.tool_calls_json)
+        turn["tool_calls"] = [_with_arguments(f"{param}[{number}]", call) for number, call in enumerate(calls)]
     if message.tool_call_id:
         turn["tool_call_id"] = message.tool_call_id
     return turn
+
+
+def _with_arguments(param: str, call: Any) -> dict[str, Any]:
+    """Returns a call whose arguments are an object, as templates want them: on the wire they are its JSON text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise PlatformError(Code.INVALID_ARGUMENT, f"{param} must have a function with a name", param=param)
+    arguments = function.get("arguments", "")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):  # what was cut off once is shown as it was
+            arguments = json.loads(arguments) if arguments else {}
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _guarded(value: Any, guard: Callable[[str], str]) -> Any:
@@ -84,18 +96,3 @@ def _load_list(param: str, text: str) -> list[Any]:
     if not isinstance(value, list):
         raise PlatformError(Code.INVALID_ARGUMENT, f"{param} must be a JSON list", param=param)
     return value
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """jinja2's own filter escapes HTML, which models never saw in training."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -11,6 +11,7 @@ from generator.core.completion import Completion
 from generator.core.events import Event, FinishReason, Summary
 from generator.core.requests import GenerationRequest, ModelSpec
 from generator.core.sequences import Sequence
+from generator.core.speculation import PromptLookup
 from generator.core.stream import OnSettled, TokenStream
 from generator.core.text import Vocabulary
 
@@ -62,6 +63,7 @@ def make_active(
     cancel: Callable[[Active], None],
     on_settled: OnSettled,
     arrived_s: float,
+    speculates: bool = False,
 ) -> Active:
     """Makes what the engine keeps of a request that was checked, with its sequences not yet in any queue."""
     most = requests.max_new_tokens(request, model)
@@ -85,4 +87,6 @@ def make_active(
         sequence.cache_root = cache_root
         if request.compiled is not None:
             sequence.matcher = request.compiled.matcher()
+        elif speculates and not request.sampling.is_penalised:  # penalties and grammars look at every token before
+            sequence.lookup = PromptLookup()
     return active

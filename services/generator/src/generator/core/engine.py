@@ -28,6 +28,8 @@ class EngineStats:
     loaded_adapters: int = 0
     adapter_bytes: int = 0  # the probed and the replaced that still run included
     adapter_evictions_total: int = 0
+    draft_tokens_total: int = 0
+    accepted_tokens_total: int = 0  # drafts that were right
 
 
 class AdapterHost(Protocol):

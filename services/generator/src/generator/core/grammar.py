@@ -10,10 +10,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_SOURCE_CHARS = 128 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A constraint on the output; kind is "json_schema", "json_object", "regex", "choice" or "ebnf"."""
+    """A constraint on the output.
+
+    kind is "json_schema", "json_object", "regex", "choice" (the source is a JSON list of strings), "ebnf" (llguidance's
+    Lark, or GBNF where it has "::=") or "tool_calls" (see core.tool_calls).
+    """
 
     kind: str
     source: str = ""
@@ -52,4 +58,8 @@ class GrammarCompiler(Protocol):
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """Raises PlatformError(INVALID_ARGUMENT) for what cannot be compiled, or not within the budget."""
+        ...
+
+    def close(self) -> None:
+        """Frees what it holds; nothing may be compiled any more."""
         ...

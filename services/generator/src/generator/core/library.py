@@ -50,7 +50,8 @@ class AdapterStore(Protocol):
         ...
 
 
-# Told how a load ended: "loaded", "present", "failed", or "full" where others left no room.
+# Told how a load ended: "loaded", "present", "full" where others left no room, "busy" where the engine had no time for
+# its probe, or "failed".
 Observer = Callable[[str], None]
 
 
@@ -185,8 +186,9 @@ class AdapterLibrary:
                     self._known.pop(adapter_id)
                     self._failures.pop(order, None)
                     raise not_loaded(adapter_id) from error
-                if error.reason != FULL or not error.retryable:
+                if not error.retryable:  # the others are nothing that the adapter is to blame for
                     self._failures[order] = (self._clock(), error)
+                if error.reason != FULL or not error.retryable:
                     raise
         await self._host.adapter_freed()
 
@@ -207,10 +209,10 @@ class AdapterLibrary:
                 return present
             spec = await self._host.load_adapter(files, may_evict=may_evict)
         except Exception as error:
-            is_full = isinstance(error, PlatformError) and error.reason == FULL
-            if is_full and loaded is None:
+            outcome = _outcome(error)
+            if outcome == "full" and loaded is None:
                 self._know(order)
-            self._observe("full" if is_full else "failed")
+            self._observe(outcome)
             raise
         self._know(order)
         self._observe("loaded")
@@ -229,3 +231,9 @@ class AdapterLibrary:
             yield
         finally:
             self._num_waiting -= 1
+
+
+def _outcome(error: Exception) -> str:
+    if not isinstance(error, PlatformError):
+        return "failed"
+    return "full" if error.reason == FULL else "busy" if error.retryable else "failed"

@@ -124,9 +124,7 @@ def context_overflow(
 
 
 def _check_capabilities(request: GenerationRequest, model: ModelSpec) -> None:
-    if request.adapter and "lora" in model.capabilities:
-        return  # the engine knows which adapters are loaded
-    if request.adapter:
+    if request.adapter and "lora" not in model.capabilities:  # else the engine knows which ones are loaded
         raise PlatformError(
             Code.NOT_FOUND,
             f"adapter {request.adapter!r} is not loaded here",

@@ -2,7 +2,8 @@
 
 Continuous batching: a sequence joins as soon as there is room and leaves as soon as it has finished. There is no
 prefill phase: each step computes, for every chosen sequence, some of the tokens that are not computed yet, so a long
-prompt goes in pieces beside the decoding of others (chunked prefill, Sarathi-Serve, arXiv 2403.02310).
+prompt goes in pieces beside the decoding of others (chunked prefill, Sarathi-Serve, arXiv 2403.02310). How large the
+pieces are follows from how long steps took (core/pacing.py).
 
 A priority below 0 is the background (evaluations, batches): beside others it gets a few tokens of a step and no more,
 and it makes room for them, but no more than MAX_OVERTAKEN of them are let past it.
@@ -14,7 +15,11 @@ from dataclasses import dataclass
 from chassis.errors import Code, PlatformError
 from generator.core import prefixes
 from generator.core.blocks import BlockManager
+from generator.core.budget import StepBudget
+from generator.core.pacing import StepPacer
 from generator.core.sequences import Sequence, Work
+
+_LEAST_RIGHT = 0.25  # drafts that must be right on average, however cheap they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,36 +28,17 @@ class SchedulerLimits:
 
     max_running: int = 32
     max_waiting: int = 256
-    # A step without decodes may prefill more tokens at once; beside decodes it must stay short, or streams stutter.
     max_step_tokens: int = 128
-    max_mixed_prefill_tokens: int = 64
+    # Beside decodes. A prompt of which no more is missing goes in as fast as it can: a step or two that are longer. A
+    # longer one would make streams stutter, so it goes in pieces with which steps take max_slowdown times as long.
+    max_mixed_prefill_tokens: int = 256
+    max_slowdown: float = 1.8
     # Of all background sequences together, prompts and decodes, beside others. Eight rows more make a decoding step a
     # quarter longer on two cores, 64 make it three times as long.
     max_background_tokens: int = 8
-
-
-@dataclass(slots=True)
-class _Budget:
-    """Tokens that are left in a step: for prompts, and for the background where it is not alone (else None)."""
-
-    prefill: int
-    background: int | None
-
-    def tokens_for(self, sequence: Sequence, num_cached: int = 0) -> int:
-        """Returns how many tokens a sequence may compute; a decode of the foreground is never held back."""
-        missing = len(sequence.token_ids) - max(sequence.num_computed, num_cached)
-        if sequence.is_background and self.background is not None:
-            return min(missing, self.background)
-        if missing == 1 and sequence.num_computed:
-            return 1
-        return min(missing, self.prefill)
-
-    def take(self, sequence: Sequence, num_tokens: int) -> None:
-        """Books what a sequence got."""
-        if sequence.is_background and self.background is not None:
-            self.background -= num_tokens
-        elif len(sequence.token_ids) - sequence.num_computed > 1 or not sequence.num_computed:
-            self.prefill -= num_tokens
+    # Drafts cost rows, and rows are cheap only where few decode.
+    max_drafts: int = 4  # for each sequence; 0 for no speculation
+    max_speculative_batch: int = 4
 
 
 class Scheduler:
@@ -65,6 +51,7 @@ class Scheduler:
     def __init__(self, blocks: BlockManager, limits: SchedulerLimits) -> None:
         self.blocks = blocks
         self._limits = limits
+        self.pacer = StepPacer(limits.max_slowdown)
         self.waiting: list[Sequence] = []  # sorted by order
         self.running: list[Sequence] = []  # sorted by order
         self.num_preemptions = 0
@@ -101,7 +88,9 @@ class Scheduler:
     def schedule(self) -> list[Work]:
         """Plans the next step: first what runs, in order, then new sequences. Empty where nothing waits or runs."""
         self._make_room()
-        budget = self._budget()
+        decoding = [s for s in self.running if len(s.token_ids) - s.num_computed == 1]
+        drafts = self._propose(decoding)
+        budget = self._budget(decoding, sum(map(len, drafts.values())))
         step: list[Work] = []
         preempted = False
         for sequence in tuple(self.running):
@@ -110,24 +99,51 @@ class Scheduler:
             num_tokens = budget.tokens_for(sequence)
             if num_tokens <= 0:
                 continue
-            while not self.blocks.grow(sequence.table, sequence.num_computed + num_tokens):
+            work = Work(sequence, num_tokens, drafts.get(sequence, ()))
+            while not self.blocks.grow(sequence.table, work.reach):
+                if work.drafts:  # a guess is not worth a preemption
+                    work = Work(sequence, num_tokens)
+                    continue
                 preempted = True
                 if self._preempt_last() is sequence:
                     break
             else:
-                step.append(Work(sequence, num_tokens))
+                step.append(work)
                 budget.take(sequence, num_tokens)
         if not preempted:  # room that a preemption made belongs to those who run
             self._admit(step, budget)
         return step
 
-    def _budget(self) -> "_Budget":
+    def _propose(self, decoding: list[Sequence]) -> dict[Sequence, tuple[int, ...]]:
+        """Returns drafts for those that decode, where few do and guesses were worth their rows before."""
+        limits = self._limits
+        most = min(limits.max_drafts, limits.max_step_tokens // max(1, len(decoding)) - 1)
+        if not decoding or len(decoding) > limits.max_speculative_batch or most <= 0:
+            return {}
+        slowdown = self.pacer.slowdown(len(decoding), most)
+        least_right = _LEAST_RIGHT if slowdown is None else max(_LEAST_RIGHT, (slowdown - 1) * len(decoding))
+        drafts = {}
+        for sequence in decoding:
+            if sequence.lookup is not None and not sequence.is_suppressing and not sequence.is_background:
+                room = min(most, sequence.max_new_tokens - sequence.num_new - 1)
+                proposal = sequence.lookup.propose(sequence.token_ids, room, least_right)
+                if proposal:
+                    drafts[sequence] = proposal
+        return drafts
+
+    def _budget(self, decoding: list[Sequence], num_drafts: int) -> StepBudget:
+        limits = self._limits
         is_shared = any(not s.is_background for place in (self.running, self.waiting) for s in place)
-        decoding = [s for s in self.running if len(s.token_ids) - s.num_computed == 1]
-        prefill = self._limits.max_step_tokens - len(decoding)
-        if any(not s.is_background or not is_shared for s in decoding):
-            prefill = min(prefill, self._limits.max_mixed_prefill_tokens)
-        return _Budget(prefill, self._limits.max_background_tokens if is_shared else None)
+        budget = StepBudget(
+            prefill=max(0, limits.max_step_tokens - len(decoding) - num_drafts),
+            background=limits.max_background_tokens if is_shared else None,
+        )
+        num_streams = sum(1 for s in decoding if not s.is_background or not is_shared)
+        if num_streams:
+            budget.prefill = min(budget.prefill, limits.max_mixed_prefill_tokens)
+            num_prompts = len(self.running) - len(decoding) + len(self.waiting)
+            budget.long = self.pacer.prompt_tokens(num_streams + num_drafts, num_prompts)
+        return budget
 
     def _make_room(self) -> None:
         """Sends sequences of the background back while the first that waits finds no room because of them."""
@@ -136,7 +152,7 @@ class Scheduler:
                 return
             self._preempt_last()
 
-    def _admit(self, step: list[Work], budget: "_Budget") -> None:
+    def _admit(self, step: list[Work], budget: StepBudget) -> None:
         """Admits in strict order: the first that does not fit holds back all behind it, so nobody starves."""
         place = 0
         while place < len(self.waiting) and len(self.running) < self._limits.max_running:
@@ -145,7 +161,9 @@ class Scheduler:
             if self._is_coming(sequence, len(found)):
                 place += 1
                 continue
-            num_tokens = budget.tokens_for(sequence, len(found) * self.blocks.block_size)
+            num_cached = len(found) * self.blocks.block_size
+            sequence.is_long = len(sequence.token_ids) - num_cached > self._limits.max_mixed_prefill_tokens
+            num_tokens = budget.tokens_for(sequence, num_cached)
             if num_tokens <= 0 and sequence.is_background and not sequence.yields:
                 num_tokens = 1  # it has waited long enough, and must not hold back others for want of a token
             if num_tokens <= 0 or not self._has_blocks_for(sequence):

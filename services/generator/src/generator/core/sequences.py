@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from generator.core.adapters import AdapterWeights
 from generator.core.grammar import TokenMatcher
 from generator.core.requests import GenerationRequest, SamplingParams
+from generator.core.speculation import PromptLookup
 
 MAX_OVERTAKEN = 32
 
@@ -36,12 +37,14 @@ class Sequence:
     adapter: AdapterWeights | None = field(default=None, repr=False)  # None is the base; never changes
     token_ids: list[int] = field(default_factory=list, repr=False)
     matcher: TokenMatcher | None = field(default=None, repr=False)  # of a grammar; knows the tokens taken so far
+    lookup: PromptLookup | None = field(default=None, repr=False)  # None: no drafts
     num_prompt: int = 0
     num_computed: int = 0
     table: list[int] = field(default_factory=list)
     cache_root: bytes = field(default=b"", repr=False)  # tenant and adapter: see core/prefixes.py
     block_keys: list[bytes] = field(default_factory=list, repr=False)
     num_sealed: int = 0
+    is_long: bool = False  # so much was missing when it was admitted that it must be read in small pieces
     num_cached: int = 0  # tokens of the prompt that were found in the cache when it was admitted first
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list, repr=False)
     num_preemptions: int = 0
@@ -55,6 +58,11 @@ class Sequence:
     def num_new(self) -> int:
         """Completion tokens sampled so far."""
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_suppressing(self) -> bool:
+        """Whether it must not end yet, so that its next token hangs on its position."""
+        return bool(self.suppressed_ids) and self.num_new < self.request.stop.min_tokens
 
     @property
     def sampling(self) -> SamplingParams:

@@ -60,6 +60,7 @@ class AdapterStore:
                 config={
                     "base": order.model,
                     "base_version": made["base_version"],
+                    "base_weights_sha256": made["base_weights_sha256"],
                     "tenant": order.tenant,
                     "job_id": order.job_id,
                     "rank": made["rank"],

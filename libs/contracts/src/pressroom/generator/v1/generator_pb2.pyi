@@ -119,18 +119,32 @@ class StopParams(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ...) -> None: ...
 
 class Grammar(_message.Message):
-    __slots__ = ("json_schema", "json_object", "regex", "choice", "ebnf")
+    __slots__ = ("json_schema", "json_object", "regex", "choice", "ebnf", "tool_calls")
     JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     JSON_OBJECT_FIELD_NUMBER: _ClassVar[int]
     REGEX_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     EBNF_FIELD_NUMBER: _ClassVar[int]
+    TOOL_CALLS_FIELD_NUMBER: _ClassVar[int]
     json_schema: str
     json_object: bool
     regex: str
     choice: Choice
     ebnf: str
-    def __init__(self, json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[Choice, _Mapping]] = ..., ebnf: _Optional[str] = ...) -> None: ...
+    tool_calls: ToolCalls
+    def __init__(self, json_schema: _Optional[str] = ..., json_object: _Optional[bool] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[Choice, _Mapping]] = ..., ebnf: _Optional[str] = ..., tool_calls: _Optional[_Union[ToolCalls, _Mapping]] = ...) -> None: ...
+
+class ToolCalls(_message.Message):
+    __slots__ = ("tools_json", "is_required", "is_parallel", "json_schema")
+    TOOLS_JSON_FIELD_NUMBER: _ClassVar[int]
+    IS_REQUIRED_FIELD_NUMBER: _ClassVar[int]
+    IS_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    tools_json: str
+    is_required: bool
+    is_parallel: bool
+    json_schema: str
+    def __init__(self, tools_json: _Optional[str] = ..., is_required: _Optional[bool] = ..., is_parallel: _Optional[bool] = ..., json_schema: _Optional[str] = ...) -> None: ...
 
 class Choice(_message.Message):
     __slots__ = ("options",)

@@ -1,6 +1,7 @@
 """Compiles the native engine (services/generator/native) for the processors that it may meet. Standard library only.
 
 usage: python build.py [--into FOLDER]        harmless when nothing has changed
+       python build.py --check                builds nothing; exits with 1 where something is to be built
 
 The compiler is clang as the package ziglang carries it: the same everywhere, and no system compiler is needed.
 """
@@ -38,7 +39,9 @@ def main() -> int:
     """Builds what is missing; prints what it did."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into", type=Path, default=FOLDER)
-    folder: Path = parser.parse_args().into
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    folder: Path = arguments.into
     builds = TARGETS.get((platform.system(), platform.machine()))
     if builds is None:
         print(f"no native engine for {platform.system()} on {platform.machine()}: the torch engine serves")
@@ -47,6 +50,8 @@ def main() -> int:
     stamp = folder / STAMP
     if stamp.is_file() and stamp.read_text().strip() == wanted:
         return 0
+    if arguments.check:
+        return 1
     folder.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
     for name, flags in builds.items():

@@ -5,7 +5,8 @@ all, the folder adapter/. It tells what it does in JSON lines on standard output
   {"kind": "planned", "plan": {...}, "total_steps", "num_examples", "num_tokens"}   the file is good
   {"kind": "resumed", "step"}      the model is loaded; training goes on behind this step
   {"kind": "step", "step", "loss"}, {"kind": "checkpoint", "step"}
-  {"kind": "made", "rank", "alpha", "target_modules", "base_version"}               adapter/ stands
+  {"kind": "made", "rank", "alpha", "target_modules", "base_version", "base_weights_sha256"}
+      adapter/ stands
   {"kind": "refused", "code", "message"}, {"kind": "no_space", "message"}           and then it ends with REFUSED
 It ends by itself when its standard input does: when the trainer has died.
 """
@@ -112,6 +113,7 @@ class Child:
             alpha=lora.ALPHA,
             target_modules=list(lora.TARGET_MODULES),
             base_version=manifest.version,
+            base_weights_sha256=manifest.weights_sha256,
         )
 
     def _fingerprint(self, manifest: Manifest, plan: Plan) -> str:
