@@ -197,7 +197,7 @@ class TestRealVllmWithAdapters(EngineSuite):
 
     @pytest.mark.xfail(
         strict=True,
-        reason="vLLM 0.32 on the CPU: rows of the base beside adapters get the weights of the last LoRA slot (index -1)",
+        reason="vLLM 0.32 on the CPU gives rows of the base beside adapters the weights of its last LoRA slot",
     )
     async def test_base_and_adapters_together_equal_one_by_one(
         self, engine: VllmEngine, make_adapter: MakeAdapter
