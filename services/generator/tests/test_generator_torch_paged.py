@@ -5,9 +5,11 @@ interpreter where Triton is installed.
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,8 @@ import pytest
 import tiny_llama
 import torch
 from engine_suite import EngineSuite, MakeAdapter, ask
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from chassis.errors import Code, PlatformError
 from generator.backends.torch_runner import RunnerOptions, TorchRunner, make_runner, pick
@@ -211,3 +215,78 @@ def test_a_random_model_runs_and_the_shapes_are_of_their_names() -> None:
     (outcome,) = runner.execute(_decoding_one())
     assert 0 <= outcome.tokens[0].token_id < 300
     assert 1.2e9 < num_weights(SHAPES["1b"]) < 1.6e9 and 6.5e9 < num_weights(SHAPES["7b"]) < 7.0e9
+
+
+# More shapes of Llama, held to transformers.
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def _write_shards(folder: Path) -> None:
+    """Splits the one file of a folder in two with an index, as big models come."""
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(whole)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, mine in halves.items():
+        save_file({name: whole[name] for name in mine}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, mine in halves.items() for name in mine}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(("is_tied", "is_split"), [(False, False), (True, True), (False, True)])
+def test_scaled_rope_an_untied_head_and_shards_equal_transformers(
+    tmp_path: Path, is_tied: bool, is_split: bool
+) -> None:
+    """fp32 on both sides over 150 tokens, past the original context of 32: 1e-3 on log probabilities."""
+    config = tiny_llama.CONFIG | {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": is_tied}
+    tiny_llama.write(tmp_path, config | {"architectures": ["LlamaForCausalLM"]})
+    if not is_tied:
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors["lm_head.weight"] = torch.randn(257, 48, generator=torch.Generator().manual_seed(9))
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if is_split:
+        _write_shards(tmp_path)
+    prompt = [(11 * i) % 250 for i in range(150)]
+    reference = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    with torch.inference_mode():
+        logprobs = reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    expected = logprobs[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+    runner = make_runner(tmp_path, GATHERED, model_id="tiny", version="0" * 12)
+    sequence = Sequence(ask(tuple(prompt), prompt_logprobs=0), 0, 0, 0, 1)
+    sequence.table = list(range(20))
+    (outcome,) = runner.execute([Work(sequence, 150)])
+    assert [score.logprob for score in outcome.prompt_logprobs] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("damage", ["no shard", "cut shard", "exabytes", "missing tensor", "outside", "no index"])
+def test_damaged_shards_are_told_at_once(tmp_path: Path, damage: str) -> None:
+    _write_shards(tiny_llama.write(tmp_path))
+    shard, index = tmp_path / "model-00002-of-00002.safetensors", tmp_path / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    match damage:
+        case "no shard":
+            shard.unlink()
+        case "cut shard":
+            shard.write_bytes(shard.read_bytes()[:-500])
+        case "exabytes":
+            shard.write_bytes((2**63 - 1).to_bytes(8, "little") + shard.read_bytes()[8:])
+        case "missing tensor":
+            raw["weight_map"].pop("model.norm.weight")
+        case "outside":
+            raw["weight_map"]["model.norm.weight"] = "../model.safetensors"
+        case "no index":
+            index.unlink()
+    if damage in ("missing tensor", "outside"):
+        index.write_text(json.dumps(raw))
+    began_s = time.monotonic()
+    with pytest.raises(PlatformError) as raised:
+        make_runner(tmp_path, GATHERED, model_id="tiny", version="0" * 12)
+    assert raised.value.code is Code.DATA_LOSS and time.monotonic() - began_s < 1.0

@@ -108,7 +108,7 @@ def load_weights(
         with contextlib.ExitStack() as stack:
             files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in set(paths.values())}
             places = {name: files[path] for name, path in paths.items()}
-            if not places:  # no index: one file has all
+            if not paths:  # no index: one file has all
                 only = stack.enter_context(safe_open(folder / WEIGHTS_FILE, framework="pt"))
                 places = dict.fromkeys(only.keys(), only)
             return _assemble(places, config, dtype, device)
