@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -142,6 +144,28 @@ def test_what_was_fetched_before_a_failure_is_not_fetched_again(store: Path, hub
     hub.cuts, hub.ranges = 0, []
     _add(store, hub).manifest.verify()
     assert hub.ranges == ["bytes=1000-"] and hub.asked["tokenizer.json"] == 1
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from modelstore.adding import Order, add
+def step(name, done, total):
+    if name == "fetch" and done > 100_000:
+        print("far enough", flush=True)
+        time.sleep(60)
+add(Path(sys.argv[1]), Order("org/tiny", endpoint=sys.argv[2]), step)
+"""
+
+
+def test_a_fetch_that_is_killed_goes_on_where_it_was(store: Path, hub: Hub) -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(store), hub.url], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == b"far enough\n"
+        run.kill()
+    assert entries(store) == []
+    _add(store, hub).manifest.verify()
+    assert len(hub.ranges) == 1 and hub.asked["tokenizer.json"] == 1
 
 
 def test_files_of_another_commit_are_not_mixed_in(store: Path, hub: Hub) -> None:

@@ -74,6 +74,7 @@ def reference(folder: Path) -> Any:
 class TestSmolLM2Engine(EngineSuite):
     """The contract on the real model."""
 
+    REPEAT_TOLERANCE = 1e-3  # a matrix product of five rows rounds otherwise than one of a single row
     NUM_CANCELS = 5
     NUM_LONG = 48
 

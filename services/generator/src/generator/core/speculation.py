@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 
 _SIZES = (3, 2)  # tokens that must agree, the longer first
 _WEIGHT = 0.3  # of the newest proposal in the average
-_HOPE = 1.0  # drafts that a sequence of which nothing is known is expected to get right
+_HOPE = 0.5  # right drafts, before the first are known: two proposals in vain are enough where rows are cheap
 _RETRY_AFTER = 24  # steps without proposals, where they did not pay
 
 
@@ -21,7 +21,7 @@ class PromptLookup:
         self._follows: dict[tuple[int, ...], int] = {}
         self._num_indexed = 0
         self._mean_right = _HOPE
-        self._num_skipped = 0
+        self._num_skipped = _RETRY_AFTER  # the first guess is always tried
 
     def propose(self, token_ids: Seq[int], most: int, least_right: float) -> tuple[int, ...]:
         """Returns up to `most` guesses of what follows the tokens of a sequence, which only ever grows.
