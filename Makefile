@@ -1,14 +1,14 @@
 # The commands of Pressroom. Everything they need is set up by themselves.
 PYTHON ?= python3
 VENV := .venv/bin
-SRC := $(wildcard libs/*/src services/*/src) loadtest
+SRC := $(wildcard libs/*/src services/*/src) loadtest tools/bench_engine
 CHECKED := libs services loadtest tests tools
 
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup checks-env vllm-env up down test test-fast test-vllm unit-gateway unit-services unit-rest lint models protos compose-env loadtest \
-	bench-load bench-perplexity bench-colocation
+	bench-load bench-perplexity bench-colocation bench-engine bench-behaviour bench-greedy bench-gpu llama-server
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,3 +84,21 @@ bench-perplexity: setup models ## What quantising costs: perplexity in bf16 and 
 
 bench-colocation: setup models ## Chat's time per output token alone and beside a finetune, in pairs, and their ratio
 	@$(VENV)/python tools/bench_colocation.py $(ARGS)
+
+# tools/bench_engine/README.md explains; ARGS=--help lists what each takes.
+BENCH := PYTHONPATH=tools $(VENV)/python -m bench_engine
+
+bench-engine: setup models ## Tokens/s and TTFT of the generator beside OpenVINO, vLLM and llama.cpp, in turns (8 minutes)
+	@$(BENCH) speed $(ARGS)
+
+bench-behaviour: setup models ## What the generator promises beside speed: stutter, prefix cache, ragged arrivals, cancels
+	@$(BENCH) behaviour $(ARGS)
+
+bench-greedy: setup models ## Greedy text of the generator beside transformers, token by token
+	@$(BENCH) greedy $(ARGS)
+
+bench-gpu: setup models ## The torch engine beside transformers' continuous batching on a CUDA device
+	@$(BENCH) gpu $(ARGS)
+
+llama-server: ## Compile llama.cpp's server for this processor, as a peer of bench-engine (half an hour)
+	@$(PYTHON) tools/llama_server.py

