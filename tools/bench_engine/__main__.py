@@ -76,7 +76,7 @@ async def served(options: argparse.Namespace) -> AsyncIterator[system.System]:
     tell("starting the system in a home of its own ...")
     async with system.started(options.engine, options.store.resolve()) as found:
         share = await system.wait_idle(found)
-        tell(f"all services are up; idle they take {share:.0%} of a core")
+        tell(f"all services are up; idle they take {share:.0%} of a core; the generator computes {found.computes}")
         yield found
 
 
@@ -108,7 +108,7 @@ async def run_speed(options: argparse.Namespace) -> int:
         if not check_quiet(options):
             tell("nothing was measured; --busy does it all the same")
             return 3
-        results.notes.append(f"{machine.describe()}; {' '.join(sys.argv[1:])}")
+        results.notes.append(f"{machine.describe()}; ours: {found.computes}; {' '.join(sys.argv[1:])}")
         failed = await speed.measure(engines, plan, results, tell)
     text = speed.report(results, plan, OURS, GATEWAY, [peers.NAMES[name] for name in names])
     (folder / "speed.md").write_text(text)
@@ -133,7 +133,7 @@ async def run_behaviour(options: argparse.Namespace) -> int:
             )
         finally:
             await client.close()
-    return _finish(f"- {machine.describe()}\n{text}", options, "behaviour.md")
+    return _finish(f"- {machine.describe()}; {found.computes}\n{text}", options, "behaviour.md")
 
 
 async def run_greedy(options: argparse.Namespace) -> int:
@@ -145,8 +145,11 @@ async def run_greedy(options: argparse.Namespace) -> int:
             compared = await greedy.run(client, options.store / peers.MODEL, texts, options.tokens, options.reference)
         finally:
             await client.close()
-    what = f"transformers in {options.reference} on the dequantised weights ({options.prompts.name})"
-    return _finish(greedy.report(compared, what), options, "greedy.md")
+    what = f"transformers in {options.reference} on the dequantised weights"
+    text = (
+        f"- {found.computes}; {options.prompts.name}, {options.tokens} tokens at most\n{greedy.report(compared, what)}"
+    )
+    return _finish(text, options, "greedy.md")
 
 
 def _finish(text: str, options: argparse.Namespace, name: str) -> int:

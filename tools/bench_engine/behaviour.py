@@ -221,6 +221,36 @@ async def cancels(client: GrpcClient, num: int, seed: int, num_streams: int = 24
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Independence:
+    """Of so many texts: equal when asked twice alone, and equal alone and in one batch."""
+
+    num: int
+    equal_twice: int
+    equal_in_batch: int
+
+
+async def independence(client: GrpcClient, temperature: float, num_tokens: int = 48) -> Independence:
+    """Eight prompts with a seed, one after another, again, then all at once."""
+
+    async def one(number: int) -> list[int]:
+        request = client.request(prompt(6_000_000 + number), num_tokens)
+        request.sampling.temperature, request.sampling.seed = temperature, 7 + number
+        answer = await client.generate(request)
+        if answer.error:
+            raise RuntimeError(f"not answered: {answer.error}")
+        return answer.token_ids
+
+    alone = [await one(number) for number in range(STREAMS)]
+    twice = [await one(number) for number in range(STREAMS)]
+    batch = await asyncio.gather(*(one(number) for number in range(STREAMS)))
+    return Independence(
+        STREAMS,
+        sum(a == b for a, b in zip(alone, twice, strict=True)),
+        sum(a == b for a, b in zip(alone, batch, strict=True)),
+    )
+
+
 async def report(client: GrpcClient, trace: Path, *, pairs: int, num_cancels: int, seconds: float) -> str:
     """All of it, in Markdown; the promises that are kept or broken are said."""
     lines: list[str] = []
@@ -243,6 +273,13 @@ async def report(client: GrpcClient, trace: Path, *, pairs: int, num_cancels: in
         f"another tenant {statistics.median(p.other_s for p in found) * 1000:.0f} ms with {leaked} cached: "
         f"{_kept(leaked == 0)}"
     )
+    for temperature in (0.0, 1.0):
+        same = await independence(client, temperature)
+        lines.append(
+            f"- The same seed at temperature {temperature:g}, {same.num} texts: {same.equal_twice} equal when asked "
+            f"twice, {same.equal_in_batch} equal alone and in a batch of {same.num}: "
+            f"{_kept(same.equal_twice == same.equal_in_batch == same.num)}"
+        )
     played = await ragged(client, trace, seconds, 1.0)
     lines.append(
         f"- {played.num} arrivals of {trace.name} in {seconds:.0f} s (at most {played.most_under_way} at once): "

@@ -29,13 +29,17 @@ _IDLE_TIMEOUT_S = 120
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """Where it answers. pids: every process of ours by name, empty for a system that is elsewhere."""
+    """Where it answers. pids: every process of ours by name, empty for a system that is elsewhere.
+
+    computes: what the generator's log says that it computes with; it may have chosen itself.
+    """
 
     grpc: str
     base_url: str
     key: str = field(repr=False)
     pids: Mapping[str, int] = field(default_factory=dict)
     ready_s: float | None = None
+    computes: str = "unknown"
 
 
 @asynccontextmanager
@@ -111,7 +115,14 @@ def _found(home: Path, environ: Mapping[str, str], ready_s: float | None) -> Sys
         key=env["PRESSROOM_API_KEY"],
         pids={row["name"]: row["pid"] for row in rows if row["pid"]},
         ready_s=ready_s,
+        computes=computes((home / "logs" / "generator.log").read_text()),
     )
+
+
+def computes(log: str) -> str:
+    """Model and precision from the newest line of a generator's log about a loaded model."""
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{") and "model loaded" in line]
+    return f"{lines[-1].get('model')} in {lines[-1].get('dtype')}" if lines else "unknown"
 
 
 async def wait_idle(system: System) -> float:
