@@ -14,7 +14,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOCK = ROOT / "constraints-llama-server.txt"
@@ -40,27 +39,31 @@ def main() -> int:
     if missing:
         print(f"{' and '.join(missing)} cannot be found. Next: apt install cmake g++", file=sys.stderr)
         return 1
-    with tempfile.TemporaryDirectory(prefix="llama-server-") as scratch:
-        source = fetch(pathlib.Path(scratch))
-        build = FOLDER / "build"
-        print("llama.cpp: configuring and compiling, half an hour ...", file=sys.stderr, flush=True)
-        run("cmake", "-S", str(source), "-B", str(build), *OPTIONS)
-        jobs = str(len(os.sched_getaffinity(0)))
-        run("nice", "-n", "19", "cmake", "--build", str(build), "--target", "llama-server", "-j", jobs)
+    # Kept until all is made: a build that was interrupted goes on where it was.
+    unpacked, build = FOLDER / "source", FOLDER / "build"
+    if not (source := next(iter(unpacked.glob("*/vendor/llama.cpp")), None)):
+        shutil.rmtree(unpacked, ignore_errors=True)
+        source = fetch(unpacked)
+    print("llama.cpp: configuring and compiling, half an hour ...", file=sys.stderr, flush=True)
+    run("cmake", "-S", str(source), "-B", str(build), *OPTIONS)
+    jobs = str(len(os.sched_getaffinity(0)))
+    run("nice", "-n", "19", "cmake", "--build", str(build), "--target", "llama-server", "-j", jobs)
     shutil.copy(build / "bin" / "llama-server", FOLDER / "llama-server")
     shutil.rmtree(build)
+    shutil.rmtree(unpacked)
     STAMP.write_text(wanted)
     print(f"llama.cpp: {FOLDER.name}/llama-server is made", file=sys.stderr)
     return 0
 
 
-def fetch(scratch: pathlib.Path) -> pathlib.Path:
+def fetch(folder: pathlib.Path) -> pathlib.Path:
     """Downloads the source, checks its hash and unpacks llama.cpp; returns its folder."""
+    folder.mkdir(parents=True)
     options = ("--no-deps", "--no-binary", ":all:", "--require-hashes", "--quiet", "--disable-pip-version-check")
-    run(sys.executable, "-m", "pip", "download", *options, "-d", str(scratch), "-r", str(LOCK))
-    (archive,) = scratch.glob("*.tar.gz")
-    run("tar", "-xzf", str(archive), "-C", str(scratch))
-    (source,) = scratch.glob("*/vendor/llama.cpp")
+    run(sys.executable, "-m", "pip", "download", *options, "-d", str(folder), "-r", str(LOCK))
+    (archive,) = folder.glob("*.tar.gz")
+    run("tar", "-xzf", str(archive), "-C", str(folder))
+    (source,) = folder.glob("*/vendor/llama.cpp")
     return source
 
 
