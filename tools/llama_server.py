@@ -41,9 +41,12 @@ def main() -> int:
         return 1
     # Kept until all is made: a build that was interrupted goes on where it was.
     unpacked, build = FOLDER / "source", FOLDER / "build"
-    if not (source := next(iter(unpacked.glob("*/vendor/llama.cpp")), None)):
-        shutil.rmtree(unpacked, ignore_errors=True)
-        source = fetch(unpacked)
+    if not unpacked.exists():
+        partial = FOLDER / "source.part"
+        shutil.rmtree(partial, ignore_errors=True)
+        fetch(partial)
+        partial.rename(unpacked)
+    (source,) = unpacked.glob("*/vendor/llama.cpp")
     print("llama.cpp: configuring and compiling, half an hour ...", file=sys.stderr, flush=True)
     run("cmake", "-S", str(source), "-B", str(build), *OPTIONS)
     jobs = str(len(os.sched_getaffinity(0)))
@@ -56,15 +59,13 @@ def main() -> int:
     return 0
 
 
-def fetch(folder: pathlib.Path) -> pathlib.Path:
-    """Downloads the source, checks its hash and unpacks llama.cpp; returns its folder."""
+def fetch(folder: pathlib.Path) -> None:
+    """Downloads the source, checks its hash and unpacks it."""
     folder.mkdir(parents=True)
     options = ("--no-deps", "--no-binary", ":all:", "--require-hashes", "--quiet", "--disable-pip-version-check")
     run(sys.executable, "-m", "pip", "download", *options, "-d", str(folder), "-r", str(LOCK))
     (archive,) = folder.glob("*.tar.gz")
     run("tar", "-xzf", str(archive), "-C", str(folder))
-    (source,) = folder.glob("*/vendor/llama.cpp")
-    return source
 
 
 def run(*command: str) -> None:
