@@ -9,7 +9,9 @@ struct PrConfig {
     int32_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab;
     int32_t weight_bits, num_threads, block_size, num_blocks, context_length;
     int32_t max_tokens, max_rows, max_sequences;  // of one step
-    int32_t wide_parts;  // matrices that read 15-bit activations: 1 qkv, 2 output, 4 gate and up, 8 down, 16 head
+    // Matrices that read activations of 15 bits in place of 8, of a prompt's tokens and of the rest: 1 qkv, 2 output,
+    // 4 gate and up, 8 down, 16 head.
+    int32_t wide_in_prompts, wide_after;
     float norm_eps;
 };
 
@@ -35,6 +37,7 @@ struct PrAdapterLayer {
 struct PrStep {
     int32_t num_tokens, num_sequences, num_rows;
     const int32_t *token_ids, *positions, *starts, *tables, *table_starts;
+    const uint8_t* is_prompt;                  // [num_tokens] whether nothing is sampled from the token
     const int32_t* rows;                       // [num_rows] tokens whose likeliest successor is wanted
     const uint8_t* wants_logits;               // [num_rows] whether the row's logits are wanted too
     const PrAdapterLayer* const* adapters;     // [num_sequences] layers of the sequence's adapter or null; null for none at all

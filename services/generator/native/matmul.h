@@ -7,38 +7,37 @@
 
 static const int GROUP = 32, LANES = 16, MAX_TILE_TOKENS = 8;
 
-// Activations [T, K] as whole numbers with a scale for each group of 32, and the sum of each group's numbers.
-// Narrow ones have 8 bits; wide ones 15, in two planes of bytes, at nearly twice the work: number = 128 * q + low.
+// Activations [T, K] as whole numbers with a scale for each group of 32, and the sum of each group's numbers. A number is
+// 128 * q + low. Wide tokens have all 15 bits, at nearly twice the work; narrow ones have 8: their low is 0.
 struct Quantised {
-    int8_t* q;      // [T, K]
-    int8_t* low;    // [T, K], null for narrow ones
-    float* scales;  // [T, K / 32]
-    float* sums;    // [T, K / 32]
-    int width;      // K
+    int8_t* q;            // [T, K]
+    int8_t* low;          // [T, K], null where all tokens are narrow
+    float* scales;        // [T, K / 32]
+    float* sums;          // [T, K / 32]
+    int width;            // K
+    uint8_t* is_wide;     // [T]
 };
 
 static const float NARROW_MOST = 127, WIDE_MOST = 127 * 128;
 
-INLINE void quantise_half(f32x16 whole, int8_t* q, int8_t* low) {
-    if (low) {
-        f32x16 upper = __builtin_elementwise_roundeven(whole * (1.0f / 128));
-        store(low, __builtin_convertvector(__builtin_convertvector(whole - upper * 128.0f, i32x16), i8x16));
-        whole = upper;
-    }
-    store(q, __builtin_convertvector(__builtin_convertvector(whole, i32x16), i8x16));
-}
+INLINE void store_bytes(int8_t* to, f32x16 whole) { store(to, __builtin_convertvector(__builtin_convertvector(whole, i32x16), i8x16)); }
 
 // Quantises 32 numbers: group `group` of a token.
 INLINE void quantise_group(const Quantised& to, int token, int group, const float* x) {
-    f32x16 first = load<f32x16>(x), second = load<f32x16>(x + 16);
-    float largest_of = largest(max(max(first, -first), max(second, -second))), most = to.low ? WIDE_MOST : NARROW_MOST;
-    float inverse = largest_of > 0 ? most / largest_of : 0.0f;
-    first = __builtin_elementwise_roundeven(first * inverse), second = __builtin_elementwise_roundeven(second * inverse);
+    bool is_wide = to.is_wide[token];
     size_t at = (size_t)token * to.width + group * GROUP, of_group = (size_t)token * (to.width / GROUP) + group;
-    quantise_half(first, to.q + at, to.low ? to.low + at : nullptr);
-    quantise_half(second, to.q + at + 16, to.low ? to.low + at + 16 : nullptr);
-    to.scales[of_group] = largest_of / most;
-    to.sums[of_group] = sum(first + second);  // whole numbers below 2^24: exact
+    f32x16 halves[2] = {load<f32x16>(x), load<f32x16>(x + 16)}, total{};
+    float most = largest(max(max(halves[0], -halves[0]), max(halves[1], -halves[1])));
+    float inverse = most > 0 ? (is_wide ? WIDE_MOST : NARROW_MOST) / most : 0.0f;
+    for (int h = 0; h < 2; h++) {
+        f32x16 whole = __builtin_elementwise_roundeven(halves[h] * inverse);
+        f32x16 upper = is_wide ? __builtin_elementwise_roundeven(whole * (1.0f / 128)) : whole;
+        store_bytes(to.q + at + 16 * h, upper);
+        if (to.low) store_bytes(to.low + at + 16 * h, is_wide ? whole - upper * 128.0f : f32x16{});
+        total += is_wide ? whole : whole * 128.0f;
+    }
+    to.scales[of_group] = most / WIDE_MOST;
+    to.sums[of_group] = sum(total);  // whole numbers below 2^24: exact
 }
 
 INLINE void quantise_row(const Quantised& to, int token, const float* x) {
@@ -84,8 +83,9 @@ template <int bits, bool is_wide, int T> INLINE void multiply_tokens(const uint8
             const int8_t* q = x.q + first;
             i32x16 dot{};
             for (int j = 0; j < 8; j++) dot = dot4<bits == 8>(dot, w[j], splat(load<int32_t>(q + 4 * j)));
+            dot <<= 7;
             if (is_wide) {
-                dot <<= 7, q = x.low + first;
+                q = x.low + first;
                 for (int j = 0; j < 8; j++) dot = dot4<bits == 8>(dot, w[j], splat(load<int32_t>(q + 4 * j)));
             }
             int at = (token + t) * groups + g;
@@ -96,9 +96,7 @@ template <int bits, bool is_wide, int T> INLINE void multiply_tokens(const uint8
 }
 
 template <int bits, bool is_wide>
-static void multiply_block(const uint8_t* block, const Quantised& x, int token, int num_tokens, float* out, int stride) {
-    for (; num_tokens >= MAX_TILE_TOKENS; num_tokens -= MAX_TILE_TOKENS, token += MAX_TILE_TOKENS, out += (size_t)MAX_TILE_TOKENS * stride)
-        multiply_tokens<bits, is_wide, MAX_TILE_TOKENS>(block, x, token, out, stride);
+static void multiply_tile(const uint8_t* block, const Quantised& x, int token, int num_tokens, float* out, int stride) {
     switch (num_tokens) {
         case 1: multiply_tokens<bits, is_wide, 1>(block, x, token, out, stride); break;
         case 2: multiply_tokens<bits, is_wide, 2>(block, x, token, out, stride); break;
@@ -107,6 +105,18 @@ static void multiply_block(const uint8_t* block, const Quantised& x, int token, 
         case 5: multiply_tokens<bits, is_wide, 5>(block, x, token, out, stride); break;
         case 6: multiply_tokens<bits, is_wide, 6>(block, x, token, out, stride); break;
         case 7: multiply_tokens<bits, is_wide, 7>(block, x, token, out, stride); break;
+        case 8: multiply_tokens<bits, is_wide, 8>(block, x, token, out, stride); break;
+    }
+}
+
+template <int bits> static void multiply_block(const uint8_t* block, const Quantised& x, int token, int num_tokens, float* out, int stride) {
+    for (int end = token + num_tokens; token < end; token += MAX_TILE_TOKENS, out += (size_t)MAX_TILE_TOKENS * stride) {
+        int count = end - token < MAX_TILE_TOKENS ? end - token : MAX_TILE_TOKENS;
+        bool has_wide = false;
+        for (int t = token; t < token + count; t++) has_wide |= x.is_wide[t];
+        // A narrow token beside wide ones loses nothing but time: its low half is 0.
+        if (has_wide) multiply_tile<bits, true>(block, x, token, count, out, stride);
+        else multiply_tile<bits, false>(block, x, token, count, out, stride);
     }
 }
 
@@ -116,7 +126,6 @@ static void multiply(const uint8_t* weights, int first, int num_blocks, const Qu
     size_t block_bytes = (size_t)(x.width / GROUP) * Tile<bits>::bytes;
     for (int b = 0; b < num_blocks; b++) {
         const uint8_t* block = weights + (first + b) * block_bytes;
-        if (x.low) multiply_block<bits, true>(block, x, token, num_tokens, out + b * LANES, stride);
-        else multiply_block<bits, false>(block, x, token, num_tokens, out + b * LANES, stride);
+        multiply_block<bits>(block, x, token, num_tokens, out + b * LANES, stride);
     }
 }

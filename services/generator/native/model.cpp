@@ -5,7 +5,7 @@
 #include "matmul.h"
 #include "pool.h"
 
-#define PR_ABI 1
+#define PR_ABI 2
 
 enum Wide { WIDE_QKV = 1, WIDE_OUTPUT = 2, WIDE_MLP = 4, WIDE_DOWN = 8, WIDE_HEAD = 16 };
 enum Part { Q, K, V, OUTPUT, GATE, UP, DOWN };
@@ -107,7 +107,9 @@ INLINE void rotate(float* head, const float* cosines, const float* sines, int si
 // float16 has no numbers above 65504; an infinity would poison every later token of the sequence.
 INLINE half to_half(float x) { return (half)(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x); }
 
-static size_t block_floats(const PrConfig& c) { return (size_t)c.num_kv_heads * c.head_dim * BLOCK; }
+// Keys or values of a block lie together for all layers: [block, layer, kv head, ...]. So memory that is in use is dense.
+static size_t layer_size(const PrConfig& c) { return (size_t)c.num_kv_heads * c.head_dim * BLOCK; }
+static size_t block_size(const PrConfig& c) { return c.num_layers * layer_size(c); }
 
 // One head of q, k or v for a span of tokens: multiply, adapt, rotate, put away.
 template <int bits> static void make_head(PrModel* m, const Job& job, int layer, int head, int token, int num_tokens, float* scratch) {
@@ -129,7 +131,7 @@ template <int bits> static void make_head(PrModel* m, const Job& job, int layer,
         }
         int sequence = m->sequence_of[at];
         size_t block = job.step.tables[job.step.table_starts[sequence] + position / BLOCK], slot = position % BLOCK;
-        size_t offset = ((size_t)layer * c.num_blocks + block) * block_floats(c) + (size_t)of_part * size * BLOCK;
+        size_t offset = block * block_size(c) + layer * layer_size(c) + (size_t)of_part * size * BLOCK;
         if (part == K)
             for (int d = 0; d < size; d++) m->keys[offset + d * BLOCK + slot] = to_half(values[d]);
         else
@@ -149,15 +151,15 @@ static void attend_piece(PrModel* m, const Job& job, int layer, int piece, int k
             size_t at = ((size_t)t * c.num_heads + h) * size;
             queries[n] = m->queries + at, out[n] = m->attended + at, lengths[n] = job.step.positions[t] + 1;
         }
-    size_t layer_offset = (size_t)layer * c.num_blocks * block_floats(c), head_offset = (size_t)kv_head * size * BLOCK;
+    size_t layer_offset = layer * layer_size(c), head_offset = (size_t)kv_head * size * BLOCK;
     const half *keys = m->keys + layer_offset, *values = m->values + layer_offset;
     const int32_t* table = job.step.tables + job.step.table_starts[m->piece_sequence[piece]];
     size_t stride = (c.context_length + BLOCK - 1) / BLOCK * BLOCK;
     switch (size) {
-        case 32: attend<32>(keys, values, table, block_floats(c), head_offset, queries, lengths, out, n, scratch, stride); break;
-        case 64: attend<64>(keys, values, table, block_floats(c), head_offset, queries, lengths, out, n, scratch, stride); break;
-        case 96: attend<96>(keys, values, table, block_floats(c), head_offset, queries, lengths, out, n, scratch, stride); break;
-        case 128: attend<128>(keys, values, table, block_floats(c), head_offset, queries, lengths, out, n, scratch, stride); break;
+        case 32: attend<32>(keys, values, table, block_size(c), head_offset, queries, lengths, out, n, scratch, stride); break;
+        case 64: attend<64>(keys, values, table, block_size(c), head_offset, queries, lengths, out, n, scratch, stride); break;
+        case 96: attend<96>(keys, values, table, block_size(c), head_offset, queries, lengths, out, n, scratch, stride); break;
+        case 128: attend<128>(keys, values, table, block_size(c), head_offset, queries, lengths, out, n, scratch, stride); break;
     }
     for (int t = token; t < token + count; t++) {
         const float* from = m->attended + (size_t)t * c.num_heads * size;
@@ -311,12 +313,14 @@ struct Arena {
         used += (count * sizeof(T) + 63) / 64 * 64;
         return piece;
     }
-    Quantised quantised(size_t rows, int width, bool is_wide) {
+    Quantised quantised(size_t rows, int width, bool has_low) {
         int8_t* q = take<int8_t>(rows * width);
-        int8_t* low = is_wide ? take<int8_t>(rows * width) : nullptr;
-        return Quantised{q, low, take<float>(rows * width / GROUP), take<float>(rows * width / GROUP), width};
+        int8_t* low = has_low ? take<int8_t>(rows * width) : nullptr;
+        return Quantised{q, low, take<float>(rows * width / GROUP), take<float>(rows * width / GROUP), width, take<uint8_t>(rows)};
     }
 };
+
+static bool needs_low(const PrConfig& c, Wide part) { return (c.wide_in_prompts | c.wide_after) & part; }
 
 static size_t lay_out(PrModel* m, char* at) {
     const PrConfig& c = m->config;
@@ -326,9 +330,9 @@ static size_t lay_out(PrModel* m, char* at) {
     m->hidden = arena.take<float>(T * c.hidden), m->normed = arena.take<float>(T * c.hidden);
     m->queries = arena.take<float>(T * attended), m->attended = arena.take<float>(T * attended);
     m->inner = arena.take<float>(T * c.intermediate), m->low_rank = arena.take<float>(T * 7 * MAX_RANK);
-    m->x = arena.quantised(T, c.hidden, c.wide_parts & WIDE_QKV), m->heads = arena.quantised(T, attended, c.wide_parts & WIDE_OUTPUT);
-    m->mlp_x = arena.quantised(T, c.hidden, c.wide_parts & WIDE_MLP), m->inner_q = arena.quantised(T, c.intermediate, c.wide_parts & WIDE_DOWN);
-    m->last = arena.quantised(c.max_rows, c.hidden, c.wide_parts & WIDE_HEAD);
+    m->x = arena.quantised(T, c.hidden, needs_low(c, WIDE_QKV)), m->heads = arena.quantised(T, attended, needs_low(c, WIDE_OUTPUT));
+    m->mlp_x = arena.quantised(T, c.hidden, needs_low(c, WIDE_MLP)), m->inner_q = arena.quantised(T, c.intermediate, needs_low(c, WIDE_DOWN));
+    m->last = arena.quantised(c.max_rows, c.hidden, needs_low(c, WIDE_HEAD));
     m->piece_token = arena.take<int32_t>(T), m->piece_length = arena.take<int32_t>(T), m->piece_sequence = arena.take<int32_t>(T);
     m->sequence_of = arena.take<int32_t>(T);
     m->found_best = arena.take<float>((size_t)head_items(c) * c.max_rows * 2);
@@ -401,6 +405,12 @@ void pr_forward(PrModel* m, const PrStep* step) {
         }
         job.has_adapters |= step->adapters && step->adapters[s];
     }
+    const Quantised* read_by[] = {&m->x, &m->heads, &m->mlp_x, &m->inner_q};
+    for (int part = 0; part < 4; part++)
+        for (int t = 0; t < step->num_tokens; t++)
+            read_by[part]->is_wide[t] = (step->is_prompt[t] ? c.wide_in_prompts : c.wide_after) >> part & 1;
+    for (int row = 0; row < step->num_rows; row++)
+        m->last.is_wide[row] = ((step->is_prompt[step->rows[row]] ? c.wide_in_prompts : c.wide_after) & WIDE_HEAD) != 0;
     run_job(&m->pool, &job, c.num_layers * (job.has_adapters ? 9 : 7) + (step->num_rows ? 2 : 0));
     for (int row = 0; row < step->num_rows; row++) {
         float highest = -INFINITY;

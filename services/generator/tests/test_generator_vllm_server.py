@@ -142,7 +142,7 @@ class RealVllmSuite(EngineSuite):
     STATS_LAG = True
 
     async def blocks_are_seen_in_use(self, engine: Engine) -> None:
-        """A tiny model's request may end before vLLM's metrics tell of it: test_blocks_in_use_are_heard_of asks many."""
+        """A tiny request may end before vLLM's metrics tell of it: test_blocks_in_use_are_heard_of asks many."""
 
 
 class TestRealVllm(RealVllmSuite):

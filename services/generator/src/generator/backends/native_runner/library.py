@@ -10,7 +10,7 @@ from typing import Any
 
 from chassis.errors import Code, PlatformError
 
-ABI = 1
+ABI = 2
 PARTS = ("q", "k", "v", "output", "gate", "up", "down")
 LAYER_ARRAYS = ("qkv", "output", "gate", "up", "down", "attention_norm", "mlp_norm")
 BUILDS_DIR = Path(__file__).parent / "_builds"
@@ -25,7 +25,9 @@ class Config(ctypes.Structure):
     _fields_ = [
         *((name, _I32) for name in ("num_layers", "hidden", "intermediate", "num_heads", "num_kv_heads", "head_dim")),
         *((name, _I32) for name in ("vocab", "weight_bits", "num_threads", "block_size", "num_blocks")),
-        *((name, _I32) for name in ("context_length", "max_tokens", "max_rows", "max_sequences", "wide_parts")),
+        *((name, _I32) for name in ("context_length", "max_tokens", "max_rows", "max_sequences")),
+        ("wide_in_prompts", _I32),
+        ("wide_after", _I32),
         ("norm_eps", _F32),
     ]
 
@@ -53,7 +55,7 @@ class Step(ctypes.Structure):
 
     _fields_ = [
         *((name, _I32) for name in ("num_tokens", "num_sequences", "num_rows")),
-        *((name, _P) for name in ("token_ids", "positions", "starts", "tables", "table_starts", "rows")),
+        *((name, _P) for name in ("token_ids", "positions", "starts", "tables", "table_starts", "is_prompt", "rows")),
         *((name, _P) for name in ("wants_logits", "adapters", "logits", "best")),
     ]
 

@@ -1,5 +1,6 @@
 """A model in the native engine: its weights, its keys and values, and one call for each step."""
 
+import contextlib
 import ctypes
 import mmap
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ class Limits:
     num_blocks: int
     context_length: int
     num_threads: int
-    wide_parts: int
+    wide_in_prompts: int  # matrices, as PrConfig numbers them
+    wide_after: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,7 @@ class StepArrays:
     starts: Ints
     tables: Ints
     table_starts: Ints
+    is_prompt: NDArray[np.uint8]
     rows: Ints
     wants_logits: NDArray[np.uint8]
     adapters: NDArray[np.uint64] | None = None
@@ -101,20 +104,28 @@ class NativeModel:
             self._handle = None
 
 
-_ARRAYS = ("token_ids", "positions", "starts", "tables", "table_starts", "rows", "wants_logits")
+_ARRAYS = ("token_ids", "positions", "starts", "tables", "table_starts", "is_prompt", "rows", "wants_logits")
 
 
 def _make_config(shape: Shape, weights: PackedWeights, limits: Limits) -> Config:
     sizes = ("num_layers", "hidden", "intermediate", "num_heads", "num_kv_heads", "head_dim", "vocab", "norm_eps")
-    bounds = ("num_threads", "num_blocks", "context_length", "max_tokens", "max_rows", "max_sequences", "wide_parts")
+    bounds = ("num_threads", "num_blocks", "context_length", "max_tokens", "max_rows", "max_sequences")
+    precision = ("wide_in_prompts", "wide_after")
     return Config(
         weight_bits=weights.weight_bits,
         block_size=BLOCK_SIZE,
         **{name: getattr(shape, name) for name in sizes},
-        **{name: getattr(limits, name) for name in bounds},
+        **{name: getattr(limits, name) for name in bounds + precision},
     )
 
 
 def _lazy_halves(count: int) -> NDArray[Any]:
-    """Returns float16 zeros whose pages the system gives when they are first written: idle memory costs nothing."""
-    return np.frombuffer(mmap.mmap(-1, count * 2), dtype=np.float16)
+    """Returns float16 zeros whose pages the system gives when they are first written: idle memory costs nothing.
+
+    Large pages: a step reads from everywhere, and would spend its time on looking up where small ones are.
+    """
+    memory = mmap.mmap(-1, count * 2)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a system without them has the small ones
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=np.float16)

@@ -25,9 +25,11 @@ CAPABILITIES = frozenset(
 )
 Activations = Literal["int8", "mixed", "int16"]
 
-# Which matrices read activations of 15 bits in place of 8 (PrConfig.wide_parts), at nearly twice the arithmetic. mixed:
-# qkv, output and head, half as noisy as int8 and about as exact as bfloat16; int16: all, 20 times as exact as that.
-WIDE_PARTS: dict[Activations, int] = {"int8": 0, "mixed": 1 | 2 | 16, "int16": 1 | 2 | 4 | 8 | 16}
+# Which matrices read activations of 15 bits in place of 8 (PrConfig numbers them), at nearly twice the work: those
+# of a prompt's tokens, and those of the tokens that are sampled from. mixed has about the exactness of int16, since
+# attention averages what is noisy in a prompt, and two thirds of its time for a prompt.
+_ALL = 1 | 2 | 4 | 8 | 16
+WIDE_PARTS: dict[Activations, tuple[int, int]] = {"int8": (0, 0), "mixed": (1 | 2 | 16, _ALL), "int16": (_ALL, _ALL)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,15 @@ class NativeRunner:
         token_ids: list[int] = []
         positions: list[int] = []
         starts, tables, table_starts, rows = [0], list[int](), list[int](), list[int]()
+        is_prompt: list[bool] = []
         for work, want in zip(step, wanted, strict=True):
             first, offset = work.sequence.num_computed, len(token_ids) - work.sequence.num_computed
             token_ids += work.token_ids
             positions += range(first, work.reach)
+            # What is scored is as exact as what is sampled.
+            last_read = 0 if work.sequence.wants_prompt_logprobs else work.sequence.num_prompt - 1
+            num_read = max(0, min(work.end, last_read) - first)
+            is_prompt += [True] * num_read + [False] * (work.num_positions - num_read)
             starts.append(len(token_ids))
             table_starts.append(len(tables))
             tables += work.sequence.table
@@ -113,6 +120,7 @@ class NativeRunner:
             starts=np.array(starts, dtype=np.int32),
             tables=np.array(tables, dtype=np.int32),
             table_starts=np.array(table_starts, dtype=np.int32),
+            is_prompt=np.array(is_prompt, dtype=np.uint8),
             rows=np.array(rows, dtype=np.int32),
             wants_logits=np.array([flag for want in wanted for flag in want.wants_logits], dtype=np.uint8),
             adapters=np.array([_address(a) for a in adapters], dtype=np.uint64) if any(adapters) else None,
@@ -214,6 +222,7 @@ def make_runner(
     weights = load_pack(path, shape)
     context_length = min(options.max_model_len, shape.context_length)
     block_bytes = 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * BLOCK_SIZE
+    in_prompts, after = WIDE_PARTS[options.activations]
     limits = Limits(
         max_tokens=options.max_step_tokens,
         max_rows=options.max_step_tokens,
@@ -221,7 +230,8 @@ def make_runner(
         num_blocks=options.kv_cache_bytes // block_bytes,
         context_length=context_length,
         num_threads=options.num_threads,
-        wide_parts=WIDE_PARTS[options.activations],
+        wide_in_prompts=in_prompts,
+        wide_after=after,
     )
     model = ModelSpec(
         id=model_id,
