@@ -30,7 +30,7 @@ TARGETS: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
         "avx512": ("-target", "x86_64-linux-gnu.2.17", "-mcpu=x86_64_v4+avx512vnni"),
         "avx2": ("-target", "x86_64-linux-gnu.2.17", "-mcpu=x86_64_v3"),
     },
-    ("Linux", "aarch64"): {"neon": ("-target", "aarch64-linux-gnu.2.17", "-mcpu=generic+v8.2a+dotprod+fullfp16")},
+    ("Linux", "aarch64"): {"neon": ("-target", "aarch64-linux-gnu.2.17", "-mcpu=generic+v8_2a+dotprod+fullfp16")},
     ("Darwin", "arm64"): {"neon": ("-target", "aarch64-macos", "-mcpu=apple_m1")},
 }
 
