@@ -130,6 +130,18 @@ def test_a_token_is_computed_bit_for_bit_alike_in_every_batch(runner: NativeRunn
     assert outcome.tokens == whole.tokens
 
 
+def test_the_number_of_threads_changes_no_bit(folder: Path) -> None:
+    tokens = RNG.integers(0, 256, 50).tolist()
+    answers = []
+    for num_threads in (1, 3):
+        options = replace(OPTIONS, num_threads=num_threads)
+        native = native_runner.make_runner(folder, options, model_id="t", version="0" * 12)
+        (outcome,) = native.execute([Work(_sequence(tokens, 0, prompt_logprobs=0), 50)])
+        native.close()
+        answers.append(_scores(outcome))
+    assert answers[0] == answers[1]
+
+
 def test_drafts_are_kept_up_to_the_first_wrong_one(runner: NativeRunner) -> None:
     tokens = RNG.integers(0, 256, 20).tolist()
     plain = _sequence(tokens, 0)
