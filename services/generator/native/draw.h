@@ -28,8 +28,7 @@ static float find_threshold(const PrDraw& draw, const float* weights, int vocab,
         double kept = 0, reached = 0;
         if (has_k)
             for (int i = 0; i < count; i++) kept += sorted[i];
-        else
-            kept = total;
+        else kept = total;
         for (int i = 0; i < count; i++)
             if ((reached += sorted[i]) >= draw.top_p * kept) return sorted[i];
         return sorted[count - 1];

@@ -21,7 +21,8 @@ struct PrLayer {
     const float *attention_norm, *mlp_norm;
 };
 
-// The two factors of an adapter for one matrix: a [rank, K], b [rank, N] (transposed, the scale folded in). rank 0: none.
+// The two factors of an adapter for one matrix: a [rank, K], b [rank, N] (transposed, the scale folded in). rank 0:
+// none.
 struct PrFactors {
     const float *a, *b;
     int32_t rank;
@@ -32,17 +33,18 @@ struct PrAdapterLayer {
     PrFactors parts[7];
 };
 
-// One step. Token t of the step belongs to the sequence s with starts[s] <= t < starts[s + 1]; positions of a sequence's
-// tokens are consecutive. tables[table_starts[s] + i] is the sequence's i-th block.
+// One step. Token t of the step belongs to the sequence s with starts[s] <= t < starts[s + 1]; positions of a
+// sequence's tokens are consecutive. tables[table_starts[s] + i] is the sequence's i-th block.
 struct PrStep {
     int32_t num_tokens, num_sequences, num_rows;
     const int32_t *token_ids, *positions, *starts, *tables, *table_starts;
-    const uint8_t* is_prompt;                  // [num_tokens] whether nothing is sampled from the token
-    const int32_t* rows;                       // [num_rows] tokens whose likeliest successor is wanted
-    const uint8_t* wants_logits;               // [num_rows] whether the row's logits are wanted too
-    const PrAdapterLayer* const* adapters;     // [num_sequences] layers of the sequence's adapter or null; null for none at all
-    float* logits;                             // [num_rows, vocab]
-    int32_t* best;                             // [num_rows] the likeliest token, the lowest id of equals
+    const uint8_t* is_prompt;     // [num_tokens] whether nothing is sampled from the token
+    const int32_t* rows;          // [num_rows] tokens whose likeliest successor is wanted
+    const uint8_t* wants_logits;  // [num_rows] whether the row's logits are wanted too
+    const PrAdapterLayer* const*
+        adapters;   // [num_sequences] layers of the sequence's adapter or null; null for none at all
+    float* logits;  // [num_rows, vocab]
+    int32_t* best;  // [num_rows] the likeliest token, the lowest id of equals
 };
 
 // How to draw one token: temperature above 0; top_k 0, top_p 1 and min_p 0 keep all; uniform in [0, 1).

@@ -1,26 +1,28 @@
 // Products of packed weights with quantised activations (layout: libs/modelstore/src/modelstore/packing.py).
 //
-// Both sides are integers within a group of 32 columns, so a group's product is exact; groups are added up in order, so a
-// token's result depends neither on its neighbours in the step nor on the thread.
+// Both sides are integers within a group of 32 columns, so a group's product is exact; groups are added up in order, so
+// a token's result depends neither on its neighbours in the step nor on the thread.
 #pragma once
 #include "simd.h"
 
 static const int GROUP = 32, LANES = 16, MAX_TILE_TOKENS = 8;
 
-// Activations [T, K] as whole numbers with a scale for each group of 32, and the sum of each group's numbers. A number is
-// 128 * q + low. Wide tokens have all 15 bits, at nearly twice the work; narrow ones have 8: their low is 0.
+// Activations [T, K] as whole numbers with a scale for each group of 32, and the sum of each group's numbers. A number
+// is 128 * q + low. Wide tokens have all 15 bits, at nearly twice the work; narrow ones have 8: their low is 0.
 struct Quantised {
-    int8_t* q;            // [T, K]
-    int8_t* low;          // [T, K], null where all tokens are narrow
-    float* scales;        // [T, K / 32]
-    float* sums;          // [T, K / 32]
-    int width;            // K
-    uint8_t* is_wide;     // [T]
+    int8_t* q;         // [T, K]
+    int8_t* low;       // [T, K], null where all tokens are narrow
+    float* scales;     // [T, K / 32]
+    float* sums;       // [T, K / 32]
+    int width;         // K
+    uint8_t* is_wide;  // [T]
 };
 
 static const float NARROW_MOST = 127, WIDE_MOST = 127 * 128;
 
-INLINE void store_bytes(int8_t* to, f32x16 whole) { store(to, __builtin_convertvector(__builtin_convertvector(whole, i32x16), i8x16)); }
+INLINE void store_bytes(int8_t* to, f32x16 whole) {
+    store(to, __builtin_convertvector(__builtin_convertvector(whole, i32x16), i8x16));
+}
 
 // Quantises 32 numbers: group `group` of a token.
 INLINE void quantise_group(const Quantised& to, int token, int group, const float* x) {
@@ -44,8 +46,10 @@ INLINE void quantise_row(const Quantised& to, int token, const float* x) {
     for (int g = 0; g < to.width / GROUP; g++) quantise_group(to, token, g, x + g * GROUP);
 }
 
-template <int bits> struct Tile;
-template <> struct Tile<4> {
+template <int bits>
+struct Tile;
+template <>
+struct Tile<4> {
     static const int bytes = 320;
     INLINE void read(const uint8_t* from, u8x64* w, f32x16* scale, f32x16* minimum) {
         for (int j = 0; j < 4; j++) {
@@ -55,19 +59,25 @@ template <> struct Tile<4> {
         }
         *scale = load_half(from + 256), *minimum = load_half(from + 288);
     }
-    INLINE f32x16 value(i32x16 dot, float sum_of, f32x16 scale, f32x16 minimum) { return fma(to_float(dot), scale, minimum * sum_of); }
+    INLINE f32x16 value(i32x16 dot, float sum_of, f32x16 scale, f32x16 minimum) {
+        return fma(to_float(dot), scale, minimum * sum_of);
+    }
 };
-template <> struct Tile<8> {
+template <>
+struct Tile<8> {
     static const int bytes = 544;
     INLINE void read(const uint8_t* from, u8x64* w, f32x16* scale, f32x16* minimum) {
         for (int j = 0; j < 8; j++) w[j] = load<u8x64>(from + 64 * j);
         *scale = load_half(from + 512), *minimum = f32x16{};
     }
-    INLINE f32x16 value(i32x16 dot, float sum_of, f32x16 scale, f32x16) { return to_float(dot - splat((int32_t)sum_of * 128)) * scale; }
+    INLINE f32x16 value(i32x16 dot, float sum_of, f32x16 scale, f32x16) {
+        return to_float(dot - splat((int32_t)sum_of * 128)) * scale;
+    }
 };
 
 // 16 rows of weights times T tokens: out[t * stride + lane].
-template <int bits, bool is_wide, int T> INLINE void multiply_tokens(const uint8_t* block, const Quantised& x, int token, float* out, int stride) {
+template <int bits, bool is_wide, int T>
+INLINE void multiply_tokens(const uint8_t* block, const Quantised& x, int token, float* out, int stride) {
     int groups = x.width / GROUP;
     f32x16 total[T];
     for (int t = 0; t < T; t++) total[t] = f32x16{};
@@ -109,7 +119,9 @@ static void multiply_tile(const uint8_t* block, const Quantised& x, int token, i
     }
 }
 
-template <int bits> static void multiply_block(const uint8_t* block, const Quantised& x, int token, int num_tokens, float* out, int stride) {
+template <int bits>
+static void multiply_block(const uint8_t* block, const Quantised& x, int token, int num_tokens, float* out,
+                           int stride) {
     for (int end = token + num_tokens; token < end; token += MAX_TILE_TOKENS, out += (size_t)MAX_TILE_TOKENS * stride) {
         int count = end - token < MAX_TILE_TOKENS ? end - token : MAX_TILE_TOKENS;
         bool has_wide = false;
@@ -122,7 +134,8 @@ template <int bits> static void multiply_block(const uint8_t* block, const Quant
 
 // Row blocks [first, first + num_blocks) times tokens [token, token + num_tokens): out[t * stride + 16 * block + lane].
 template <int bits>
-static void multiply(const uint8_t* weights, int first, int num_blocks, const Quantised& x, int token, int num_tokens, float* out, int stride) {
+static void multiply(const uint8_t* weights, int first, int num_blocks, const Quantised& x, int token, int num_tokens,
+                     float* out, int stride) {
     size_t block_bytes = (size_t)(x.width / GROUP) * Tile<bits>::bytes;
     for (int b = 0; b < num_blocks; b++) {
         const uint8_t* block = weights + (first + b) * block_bytes;

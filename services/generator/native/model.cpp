@@ -1,4 +1,5 @@
-// The forward pass of a Llama-shaped model over the tokens of a step: many sequences side by side, each with its own keys.
+// The forward pass of a Llama-shaped model over the tokens of a step: many sequences side by side, each with its own
+// keys.
 #include "attention.h"
 #include "draw.h"
 #include "engine.h"
@@ -20,12 +21,13 @@ struct PrModel {
     // Buffers of one step, T = max_tokens.
     float *hidden, *attended, *inner;  // [T, E], [T, H D], [T, I]
     float *queries, *normed;           // [T, H D], [T, E]
-    float *low_rank;                   // [T, 7, MAX_RANK], what an adapter's first factor makes of a token
-    Quantised x, mlp_x, heads, inner_q;  // what the matrices read: qkv, gate and up [T, E], output [T, H D], down [T, I]
-    Quantised last;                    // [rows, E]
+    float* low_rank;                   // [T, 7, MAX_RANK], what an adapter's first factor makes of a token
+    Quantised x, mlp_x, heads,
+        inner_q;     // what the matrices read: qkv, gate and up [T, E], output [T, H D], down [T, I]
+    Quantised last;  // [rows, E]
     int32_t *piece_token, *piece_length, *piece_sequence;  // pieces of attention: tokens of one sequence
-    int32_t *sequence_of;                                  // [T]
-    float *found_best;                                     // [items of the head, rows, 2]
+    int32_t* sequence_of;                                  // [T]
+    float* found_best;                                     // [items of the head, rows, 2]
     void* arena;
 };
 
@@ -54,10 +56,12 @@ static void project_down(const PrFactors& factors, const float* x, int width, fl
 }
 
 // Adds the second factor's share to `count` outputs from `first` on.
-static void project_up(const PrFactors& factors, const float* low_rank, int num_outputs, int first, int count, float* out) {
+static void project_up(const PrFactors& factors, const float* low_rank, int num_outputs, int first, int count,
+                       float* out) {
     for (int r = 0; r < factors.rank; r++) {
         const float* b = factors.b + (size_t)r * num_outputs + first;
-        for (int i = 0; i < count; i += 16) store(out + i, fma(load<f32x16>(b + i), splat(low_rank[r]), load<f32x16>(out + i)));
+        for (int i = 0; i < count; i += 16)
+            store(out + i, fma(load<f32x16>(b + i), splat(low_rank[r]), load<f32x16>(out + i)));
     }
 }
 
@@ -66,7 +70,9 @@ static const PrAdapterLayer* adapter_of(const PrModel* m, const Job& job, int to
     return layers ? layers + layer : nullptr;
 }
 
-static float* low_rank_of(const PrModel* m, int token, Part part) { return m->low_rank + ((size_t)token * 7 + part) * MAX_RANK; }
+static float* low_rank_of(const PrModel* m, int token, Part part) {
+    return m->low_rank + ((size_t)token * 7 + part) * MAX_RANK;
+}
 
 static void rms_norm(const float* x, const float* weight, int width, float eps, float* out) {
     f32x16 squares{};
@@ -82,17 +88,20 @@ static void read_row(const uint8_t* matrix, int row, int width, float* out) {
     for (int g = 0; g < groups; g++, tile += Tile<8>::bytes) {
         half scale;
         memcpy(&scale, tile + 512 + 2 * (row % LANES), 2);
-        for (int k = 0; k < GROUP; k++) out[g * GROUP + k] = (float)scale * (tile[64 * (k / 4) + 4 * (row % LANES) + k % 4] - 128);
+        for (int k = 0; k < GROUP; k++)
+            out[g * GROUP + k] = (float)scale * (tile[64 * (k / 4) + 4 * (row % LANES) + k % 4] - 128);
     }
 }
 
-static void normalise(PrModel* m, const Job& job, int token, const float* weight, const Quantised& to, int layer, const Part* parts, int num_parts) {
+static void normalise(PrModel* m, const Job& job, int token, const float* weight, const Quantised& to, int layer,
+                      const Part* parts, int num_parts) {
     int width = m->config.hidden;
     float* normed = m->normed + (size_t)token * width;
     rms_norm(m->hidden + (size_t)token * width, weight, width, m->config.norm_eps, normed);
     quantise_row(to, token, normed);
     if (const PrAdapterLayer* adapter = adapter_of(m, job, token, layer))
-        for (int p = 0; p < num_parts; p++) project_down(adapter->parts[parts[p]], normed, width, low_rank_of(m, token, parts[p]));
+        for (int p = 0; p < num_parts; p++)
+            project_down(adapter->parts[parts[p]], normed, width, low_rank_of(m, token, parts[p]));
 }
 
 // Rotates a head (RoFormer, arXiv 2104.09864, in the half-split layout of Llama) and multiplies it by `scale`.
@@ -107,12 +116,14 @@ INLINE void rotate(float* head, const float* cosines, const float* sines, int si
 // float16 has no numbers above 65504; an infinity would poison every later token of the sequence.
 INLINE half to_half(float x) { return (half)(x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x); }
 
-// Keys or values of a block lie together for all layers: [block, layer, kv head, ...]. So memory that is in use is dense.
+// Keys or values of a block lie together for all layers: [block, layer, kv head, ...]. So memory that is in use is
+// dense.
 static size_t layer_size(const PrConfig& c) { return (size_t)c.num_kv_heads * c.head_dim * BLOCK; }
 static size_t block_size(const PrConfig& c) { return c.num_layers * layer_size(c); }
 
 // One head of q, k or v for a span of tokens: multiply, adapt, rotate, put away.
-template <int bits> static void make_head(PrModel* m, const Job& job, int layer, int head, int token, int num_tokens, float* scratch) {
+template <int bits>
+static void make_head(PrModel* m, const Job& job, int layer, int head, int token, int num_tokens, float* scratch) {
     const PrConfig& c = m->config;
     int size = c.head_dim, first_k = c.num_heads, first_v = c.num_heads + c.num_kv_heads;
     Part part = head < first_k ? Q : head < first_v ? K : V;
@@ -124,7 +135,9 @@ template <int bits> static void make_head(PrModel* m, const Job& job, int layer,
         int at = token + t, position = job.step.positions[at];
         if (const PrAdapterLayer* adapter = adapter_of(m, job, at, layer))
             project_up(adapter->parts[part], low_rank_of(m, at, part), num_outputs, of_part * size, size, values);
-        if (part != V) rotate(values, m->cos_table + (size_t)position * size / 2, m->sin_table + (size_t)position * size / 2, size, part == Q ? 1.0f / sqrtf(size) : 1.0f);
+        if (part != V)
+            rotate(values, m->cos_table + (size_t)position * size / 2, m->sin_table + (size_t)position * size / 2, size,
+                   part == Q ? 1.0f / sqrtf(size) : 1.0f);
         if (part == Q) {
             memcpy(m->queries + ((size_t)at * c.num_heads + of_part) * size, values, size * sizeof(float));
             continue;
@@ -142,7 +155,8 @@ template <int bits> static void make_head(PrModel* m, const Job& job, int layer,
 // One key head for a piece of a sequence: the query heads that share it, over all keys so far.
 static void attend_piece(PrModel* m, const Job& job, int layer, int piece, int kv_head, float* scratch) {
     const PrConfig& c = m->config;
-    int size = c.head_dim, shared = c.num_heads / c.num_kv_heads, token = m->piece_token[piece], count = m->piece_length[piece];
+    int size = c.head_dim, shared = c.num_heads / c.num_kv_heads, token = m->piece_token[piece],
+        count = m->piece_length[piece];
     const float* queries[PIECE_TOKENS * 64];
     float* out[PIECE_TOKENS * 64];
     int lengths[PIECE_TOKENS * 64], n = 0;
@@ -156,19 +170,30 @@ static void attend_piece(PrModel* m, const Job& job, int layer, int piece, int k
     const int32_t* table = job.step.tables + job.step.table_starts[m->piece_sequence[piece]];
     size_t stride = (c.context_length + BLOCK - 1) / BLOCK * BLOCK;
     switch (size) {
-        case 32: attend<32>(keys, values, table, block_size(c), head_offset, queries, lengths, out, n, scratch, stride); break;
-        case 64: attend<64>(keys, values, table, block_size(c), head_offset, queries, lengths, out, n, scratch, stride); break;
-        case 96: attend<96>(keys, values, table, block_size(c), head_offset, queries, lengths, out, n, scratch, stride); break;
-        case 128: attend<128>(keys, values, table, block_size(c), head_offset, queries, lengths, out, n, scratch, stride); break;
+        case 32:
+            attend<32>(keys, values, table, block_size(c), head_offset, queries, lengths, out, n, scratch, stride);
+            break;
+        case 64:
+            attend<64>(keys, values, table, block_size(c), head_offset, queries, lengths, out, n, scratch, stride);
+            break;
+        case 96:
+            attend<96>(keys, values, table, block_size(c), head_offset, queries, lengths, out, n, scratch, stride);
+            break;
+        case 128:
+            attend<128>(keys, values, table, block_size(c), head_offset, queries, lengths, out, n, scratch, stride);
+            break;
     }
     for (int t = token; t < token + count; t++) {
         const float* from = m->attended + (size_t)t * c.num_heads * size;
-        for (int g = kv_head * shared * size / GROUP; g < (kv_head + 1) * shared * size / GROUP; g++) quantise_group(m->heads, t, g, from + g * GROUP);
+        for (int g = kv_head * shared * size / GROUP; g < (kv_head + 1) * shared * size / GROUP; g++)
+            quantise_group(m->heads, t, g, from + g * GROUP);
     }
 }
 
 // Adds a matrix's outputs [16 first_block, + 16 num_blocks) to the residual stream.
-template <int bits> static void add_to_hidden(PrModel* m, const Job& job, int layer, const uint8_t* weights, const Quantised& x, Part part, int first_block, int num_blocks, int token, int num_tokens, float* scratch) {
+template <int bits>
+static void add_to_hidden(PrModel* m, const Job& job, int layer, const uint8_t* weights, const Quantised& x, Part part,
+                          int first_block, int num_blocks, int token, int num_tokens, float* scratch) {
     int count = num_blocks * LANES, first = first_block * LANES, width = m->config.hidden;
     multiply<bits>(weights, first_block, num_blocks, x, token, num_tokens, scratch, count);
     for (int t = 0; t < num_tokens; t++) {
@@ -180,7 +205,8 @@ template <int bits> static void add_to_hidden(PrModel* m, const Job& job, int la
 }
 
 // 32 numbers of silu(gate) * up, quantised for `down`.
-template <int bits> static void make_inner(PrModel* m, const Job& job, int layer, int group, int token, int num_tokens, float* scratch) {
+template <int bits>
+static void make_inner(PrModel* m, const Job& job, int layer, int group, int token, int num_tokens, float* scratch) {
     int width = m->config.intermediate, first = group * GROUP;
     float *gate = scratch, *up = scratch + SPAN_TOKENS * GROUP;
     multiply<bits>(m->layers[layer].gate, group * 2, 2, m->mlp_x, token, num_tokens, gate, GROUP);
@@ -197,12 +223,18 @@ template <int bits> static void make_inner(PrModel* m, const Job& job, int layer
     }
 }
 
-template <int bits> static void run_layer(Worker* worker, PrModel* m, const Job& job, int layer) {
+template <int bits>
+static void run_layer(Worker* worker, PrModel* m, const Job& job, int layer) {
     const PrConfig& c = m->config;
     const PrLayer& w = m->layers[layer];
     const int T = job.step.num_tokens, spans = ceil_div(T, SPAN_TOKENS);
-    const auto span = [T](int i, int* count) { *count = T - i * SPAN_TOKENS < SPAN_TOKENS ? T - i * SPAN_TOKENS : SPAN_TOKENS; return i * SPAN_TOKENS; };
-    const auto each_token = [&](int item, auto fn) { for (int t = item * NORM_TOKENS; t < T && t < (item + 1) * NORM_TOKENS; t++) fn(t); };
+    const auto span = [T](int i, int* count) {
+        *count = T - i * SPAN_TOKENS < SPAN_TOKENS ? T - i * SPAN_TOKENS : SPAN_TOKENS;
+        return i * SPAN_TOKENS;
+    };
+    const auto each_token = [&](int item, auto fn) {
+        for (int t = item * NORM_TOKENS; t < T && t < (item + 1) * NORM_TOKENS; t++) fn(t);
+    };
     float* scratch = worker->scratch;
 
     run_phase(worker, ceil_div(T, NORM_TOKENS), [&](int item) {
@@ -217,11 +249,13 @@ template <int bits> static void run_layer(Worker* worker, PrModel* m, const Job&
         int count, token = span(item / num_all_heads, &count);
         make_head<bits>(m, job, layer, item % num_all_heads, token, count, scratch);
     });
-    run_phase(worker, job.num_pieces * c.num_kv_heads, [&](int item) { attend_piece(m, job, layer, item / c.num_kv_heads, item % c.num_kv_heads, scratch); });
+    run_phase(worker, job.num_pieces * c.num_kv_heads,
+              [&](int item) { attend_piece(m, job, layer, item / c.num_kv_heads, item % c.num_kv_heads, scratch); });
     if (job.has_adapters)
         run_phase(worker, T, [&](int t) {
             if (const PrAdapterLayer* adapter = adapter_of(m, job, t, layer))
-                project_down(adapter->parts[OUTPUT], m->attended + (size_t)t * c.num_heads * c.head_dim, c.num_heads * c.head_dim, low_rank_of(m, t, OUTPUT));
+                project_down(adapter->parts[OUTPUT], m->attended + (size_t)t * c.num_heads * c.head_dim,
+                             c.num_heads * c.head_dim, low_rank_of(m, t, OUTPUT));
         });
     int num_blocks = c.hidden / LANES, pairs = num_blocks / 2;
     run_phase(worker, pairs * spans, [&](int item) {
@@ -242,7 +276,8 @@ template <int bits> static void run_layer(Worker* worker, PrModel* m, const Job&
     if (job.has_adapters)
         run_phase(worker, T, [&](int t) {
             if (const PrAdapterLayer* adapter = adapter_of(m, job, t, layer))
-                project_down(adapter->parts[DOWN], m->inner + (size_t)t * c.intermediate, c.intermediate, low_rank_of(m, t, DOWN));
+                project_down(adapter->parts[DOWN], m->inner + (size_t)t * c.intermediate, c.intermediate,
+                             low_rank_of(m, t, DOWN));
         });
     run_phase(worker, pairs * spans, [&](int item) {
         int count, token = span(item / pairs, &count);
@@ -273,7 +308,8 @@ static void make_logits(PrModel* m, const Job& job, int item, float* scratch) {
         for (int r = 0; r < rows; r++) {
             const float* from = scratch + r * stride;
             int begin = first * LANES, num = c.vocab - begin < count * LANES ? c.vocab - begin : count * LANES;
-            if (job.step.wants_logits[row + r]) memcpy(job.step.logits + (size_t)(row + r) * c.vocab + begin, from, num * sizeof(float));
+            if (job.step.wants_logits[row + r])
+                memcpy(job.step.logits + (size_t)(row + r) * c.vocab + begin, from, num * sizeof(float));
             int best = find_best(from, num);
             float* found = m->found_best + ((size_t)item * c.max_rows + row + r) * 2;
             found[0] = from[best];
@@ -290,7 +326,9 @@ static void body(Worker* worker, void* argument) {
     PrModel* m = job.model;
     const PrConfig& c = m->config;
     if (job.draws) {
-        run_phase(worker, job.num_draws, [&](int i) { job.chosen[i] = draw_token(job.draws[i], c.vocab, worker->scratch, worker->scratch + c.vocab + LANES); });
+        run_phase(worker, job.num_draws, [&](int i) {
+            job.chosen[i] = draw_token(job.draws[i], c.vocab, worker->scratch, worker->scratch + c.vocab + LANES);
+        });
         return;
     }
     for (int layer = 0; layer < c.num_layers && !worker->is_late; layer++)
@@ -308,7 +346,8 @@ static void body(Worker* worker, void* argument) {
 struct Arena {
     char* at;
     size_t used;
-    template <class T> T* take(size_t count) {
+    template <class T>
+    T* take(size_t count) {
         T* piece = (T*)(at + used);
         used += (count * sizeof(T) + 63) / 64 * 64;
         return piece;
@@ -316,7 +355,8 @@ struct Arena {
     Quantised quantised(size_t rows, int width, bool has_low) {
         int8_t* q = take<int8_t>(rows * width);
         int8_t* low = has_low ? take<int8_t>(rows * width) : nullptr;
-        return Quantised{q, low, take<float>(rows * width / GROUP), take<float>(rows * width / GROUP), width, take<uint8_t>(rows)};
+        return Quantised{
+            q, low, take<float>(rows * width / GROUP), take<float>(rows * width / GROUP), width, take<uint8_t>(rows)};
     }
 };
 
@@ -330,10 +370,13 @@ static size_t lay_out(PrModel* m, char* at) {
     m->hidden = arena.take<float>(T * c.hidden), m->normed = arena.take<float>(T * c.hidden);
     m->queries = arena.take<float>(T * attended), m->attended = arena.take<float>(T * attended);
     m->inner = arena.take<float>(T * c.intermediate), m->low_rank = arena.take<float>(T * 7 * MAX_RANK);
-    m->x = arena.quantised(T, c.hidden, needs_low(c, WIDE_QKV)), m->heads = arena.quantised(T, attended, needs_low(c, WIDE_OUTPUT));
-    m->mlp_x = arena.quantised(T, c.hidden, needs_low(c, WIDE_MLP)), m->inner_q = arena.quantised(T, c.intermediate, needs_low(c, WIDE_DOWN));
+    m->x = arena.quantised(T, c.hidden, needs_low(c, WIDE_QKV)),
+    m->heads = arena.quantised(T, attended, needs_low(c, WIDE_OUTPUT));
+    m->mlp_x = arena.quantised(T, c.hidden, needs_low(c, WIDE_MLP)),
+    m->inner_q = arena.quantised(T, c.intermediate, needs_low(c, WIDE_DOWN));
     m->last = arena.quantised(c.max_rows, c.hidden, needs_low(c, WIDE_HEAD));
-    m->piece_token = arena.take<int32_t>(T), m->piece_length = arena.take<int32_t>(T), m->piece_sequence = arena.take<int32_t>(T);
+    m->piece_token = arena.take<int32_t>(T), m->piece_length = arena.take<int32_t>(T),
+    m->piece_sequence = arena.take<int32_t>(T);
     m->sequence_of = arena.take<int32_t>(T);
     m->found_best = arena.take<float>((size_t)head_items(c) * c.max_rows * 2);
     return arena.used;
@@ -345,7 +388,8 @@ static bool is_supported(void) {
     unsigned a, b, c, d, b7, c7;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
     const unsigned FMA = 1u << 12, OSXSAVE = 1u << 27, F16C = 1u << 29;
-    if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d) || (c & (FMA | OSXSAVE | F16C)) != (FMA | OSXSAVE | F16C)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d) || (c & (FMA | OSXSAVE | F16C)) != (FMA | OSXSAVE | F16C))
+        return false;
     unsigned saved, high;
     __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));  // the registers that the system keeps
 #if defined(__AVX512VNNI__)
@@ -366,20 +410,23 @@ int32_t pr_abi(void) { return PR_ABI; }
 
 int32_t pr_is_supported(void) { return is_supported(); }
 
-PrModel* pr_open(const PrConfig* config, const PrLayer* layers, const uint8_t* embedding, const uint8_t* head, const float* norm, const float* cos_table, const float* sin_table, uint16_t* keys, uint16_t* values) {
+PrModel* pr_open(const PrConfig* config, const PrLayer* layers, const uint8_t* embedding, const uint8_t* head,
+                 const float* norm, const float* cos_table, const float* sin_table, uint16_t* keys, uint16_t* values) {
     PrModel* m = (PrModel*)calloc(1, sizeof(PrModel));
     if (!m) return nullptr;
     m->config = *config;
     const PrConfig& c = m->config;
     m->embedding = embedding, m->head = head, m->norm = norm, m->cos_table = cos_table, m->sin_table = sin_table;
     m->keys = (half*)keys, m->values = (half*)values;
-    size_t scratch = (size_t)SPAN_TOKENS * HEAD_BLOCKS * LANES, scores = (size_t)MAX_QUERIES * (c.context_length + BLOCK);
+    size_t scratch = (size_t)SPAN_TOKENS * HEAD_BLOCKS * LANES,
+           scores = (size_t)MAX_QUERIES * (c.context_length + BLOCK);
     size_t head_floats = (size_t)SPAN_TOKENS * c.head_dim;
     scratch = scratch > scores ? scratch : scores, scratch = scratch > head_floats ? scratch : head_floats;
     scratch = scratch > (size_t)c.hidden ? scratch : c.hidden;
     scratch = scratch > 2 * (size_t)(c.vocab + LANES) ? scratch : 2 * (size_t)(c.vocab + LANES);
     if (posix_memalign(&m->arena, 64, lay_out(m, nullptr))) m->arena = nullptr;
-    if (!m->arena || !open_pool(&m->pool, c.num_threads, c.num_layers * 9 + 2, sizeof(Job), scratch * sizeof(float), body)) {
+    if (!m->arena ||
+        !open_pool(&m->pool, c.num_threads, c.num_layers * 9 + 2, sizeof(Job), scratch * sizeof(float), body)) {
         free(m->arena), free(m);
         return nullptr;
     }

@@ -1,4 +1,5 @@
-// Threads that compute a step together. A step is a row of phases; a phase is a number of items that any thread may claim.
+// Threads that compute a step together. A step is a row of phases; a phase is a number of items that any thread may
+// claim.
 //
 // Nobody waits for a thread, only for items: one that the system has descheduled between two items holds up nobody, and
 // finds out by the epoch that it came too late. That matters where other processes share the cores.
@@ -49,7 +50,8 @@ struct Pool {
 static const int SPIN_BEFORE_SLEEP = 4000, SPIN_BEFORE_YIELD = 3000;
 
 // Runs fn(i) for every i below num_items, by whichever thread comes first, and returns when all of them are done.
-template <class Fn> static inline void run_phase(Worker* worker, int num_items, Fn fn) {
+template <class Fn>
+static inline void run_phase(Worker* worker, int num_items, Fn fn) {
     if (worker->is_late) return;
     Counter* counter = &worker->pool->counters[worker->phase++];
     uint64_t base = (uint64_t)worker->epoch << 32;
@@ -59,7 +61,8 @@ template <class Fn> static inline void run_phase(Worker* worker, int num_items, 
             if (seen < base || seen - base > 0xffffffffull) worker->is_late = true;
             break;
         }
-        if (!__atomic_compare_exchange_n(&counter->claimed, &seen, seen + 1, true, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED)) continue;
+        if (!__atomic_compare_exchange_n(&counter->claimed, &seen, seen + 1, true, __ATOMIC_ACQUIRE, __ATOMIC_RELAXED))
+            continue;
         fn((int)(seen - base));
         __atomic_fetch_add(&counter->done, 1, __ATOMIC_RELEASE);
     }
@@ -77,7 +80,9 @@ static void* worker_main(void* argument) {
     void* job = malloc(pool->job_bytes);
     uint32_t last = 0;
     for (;;) {
-        for (int spins = 0; spins < SPIN_BEFORE_SLEEP && __atomic_load_n(&pool->epoch, __ATOMIC_RELAXED) == last; spins++) CPU_RELAX();
+        for (int spins = 0; spins < SPIN_BEFORE_SLEEP && __atomic_load_n(&pool->epoch, __ATOMIC_RELAXED) == last;
+             spins++)
+            CPU_RELAX();
         pthread_mutex_lock(&pool->guard);
         while (pool->epoch == last && !pool->is_closing) pthread_cond_wait(&pool->wake, &pool->guard);
         bool is_closing = pool->is_closing;

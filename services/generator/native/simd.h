@@ -1,4 +1,5 @@
-// Vectors of 512 bits as clang's vector extensions: one source for AVX-512, AVX2 and NEON; only dot4 is written by hand.
+// Vectors of 512 bits as clang's vector extensions: one source for AVX-512, AVX2 and NEON; only dot4 is written by
+// hand.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -22,18 +23,23 @@ typedef _Float16 half;
 
 #define INLINE static inline __attribute__((always_inline))
 
-template <class V> INLINE V load(const void* from) {
+template <class V>
+INLINE V load(const void* from) {
     V v;
     memcpy(&v, from, sizeof v);
     return v;
 }
-template <class V> INLINE void store(void* to, V v) { memcpy(to, &v, sizeof v); }
+template <class V>
+INLINE void store(void* to, V v) {
+    memcpy(to, &v, sizeof v);
+}
 
 INLINE f32x16 splat(float x) { return f32x16{} + x; }
 INLINE i32x16 splat(int32_t x) { return i32x16{} + x; }
 INLINE f32x16 to_float(i32x16 v) { return __builtin_convertvector(v, f32x16); }
 INLINE f32x16 load_half(const void* from) { return __builtin_convertvector(load<f16x16>(from), f32x16); }
-// Never contracted by the compiler's choice: a token's arithmetic must not depend on how many others are computed with it.
+// Never contracted by the compiler's choice: a token's arithmetic must not depend on how many others are computed with
+// it.
 INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) { return __builtin_elementwise_fma(a, b, c); }
 INLINE f32x16 max(f32x16 a, f32x16 b) { return __builtin_elementwise_max(a, b); }
 INLINE float sum(f32x16 v) {
@@ -47,7 +53,8 @@ INLINE float largest(f32x16 v) { return __builtin_reduce_max(v); }
 
 // Adds to each of 16 lanes the products of four unsigned bytes (weights) and four signed ones (activations).
 // is_wide: weights use all eight bits; else they are below 16.
-template <bool is_wide> INLINE i32x16 dot4(i32x16 sums, u8x64 weights, i32x16 activations) {
+template <bool is_wide>
+INLINE i32x16 dot4(i32x16 sums, u8x64 weights, i32x16 activations) {
 #if defined(__AVX512VNNI__)
     return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)weights, (__m512i)activations);
 #elif defined(__AVX2__)
