@@ -124,7 +124,9 @@ def _publish(store: Path, job_id: str, seed: int, name: str = "test", **config: 
     """Lays a small random adapter of the real model into a store; returns what the trainer would tell of it."""
     base = Manifest.load(store / MODEL)
     shape = json.loads((store / MODEL / "config.json").read_text())
-    files = lora_files.files(f"{MODEL}:{name}", shape, seed, modules=("q_proj", "v_proj", "down_proj"))
+    # So strong that it says something else, whatever the engine's rounding makes of a near-tie.
+    modules = ("q_proj", "v_proj", "down_proj")
+    files = lora_files.files(f"{MODEL}:{name}", shape, seed, modules=modules, strength=1.0)
     sha256 = lora_files.publish(store, job_id, files, base.version, created_unix_s=seed, **config)
     return events_pb2.ModelPublished(
         id=files.spec.id, base=MODEL, path=f"adapters/{job_id}", manifest_sha256=sha256, job_id=job_id
