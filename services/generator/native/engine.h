@@ -7,8 +7,8 @@ extern "C" {
 // Sizes of a model and of its memory. Weights are 4 or 8 bits wide, in the layout of modelstore.packing.
 struct PrConfig {
     int32_t num_layers, hidden, intermediate, num_heads, num_kv_heads, head_dim, vocab;
-    int32_t weight_bits, num_threads, block_size, num_blocks, context_length;
-    int32_t max_tokens, max_rows, max_sequences;  // of one step
+    int32_t weight_bits, num_threads, num_blocks, context_length;
+    int32_t max_tokens, max_rows;  // of one step
     // Matrices that read activations of 15 bits in place of 8, of a prompt's tokens and of the rest: 1 qkv, 2 output,
     // 4 gate and up, 8 down, 16 head.
     int32_t wide_in_prompts, wide_after;

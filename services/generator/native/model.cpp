@@ -6,7 +6,7 @@
 #include "matmul.h"
 #include "pool.h"
 
-#define PR_ABI 2
+#define PR_ABI 3
 
 enum Wide { WIDE_QKV = 1, WIDE_OUTPUT = 2, WIDE_MLP = 4, WIDE_DOWN = 8, WIDE_HEAD = 16 };
 enum Part { Q, K, V, OUTPUT, GATE, UP, DOWN };

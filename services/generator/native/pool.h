@@ -36,7 +36,7 @@ struct Worker {
 };
 
 struct Pool {
-    int num_threads, max_phases, job_bytes;
+    int num_threads, job_bytes;
     Body body;
     void* job;  // read by workers under `guard`
     uint32_t epoch;
@@ -110,7 +110,7 @@ static void close_pool(Pool* pool) {
 // Returns false where memory or threads ran out; nothing is left then. The caller is thread 0 of every step.
 static bool open_pool(Pool* pool, int num_threads, int max_phases, int job_bytes, size_t scratch_bytes, Body body) {
     *pool = Pool{};
-    pool->max_phases = max_phases, pool->job_bytes = job_bytes, pool->body = body;
+    pool->job_bytes = job_bytes, pool->body = body;
     pthread_mutex_init(&pool->guard, nullptr), pthread_cond_init(&pool->wake, nullptr);
     if (posix_memalign((void**)&pool->counters, 64, sizeof(Counter) * max_phases)) pool->counters = nullptr;
     pool->workers = (Worker*)calloc(num_threads, sizeof(Worker));

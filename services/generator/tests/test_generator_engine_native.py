@@ -16,7 +16,7 @@ from generator.backends import native_runner, torch_runner
 from generator.backends.native_runner import NativeRunner
 from generator.backends.native_runner.library import BUILDS_DIR, Draw, load_library
 from generator.backends.native_runner.runner import Activations
-from generator.backends.native_runner.weights import Shape, load_pack
+from generator.backends.native_runner.weights import load_pack, load_shape, matrix_sizes
 from generator.backends.toy import ByteTokenizer
 from generator.core import sampling
 from generator.core.batching import BatchingEngine
@@ -83,17 +83,17 @@ def test_log_probabilities_are_those_of_the_unpacked_weights_in_float32(
     folder: Path, tmp_path: Path, activations: Activations, mean: float, most: float
 ) -> None:
     """Rounded activations are all that may differ: the torch runner gets the very weights that the kernels read."""
-    shape = Shape.load(folder)
+    shape = load_shape(folder)
     pack = load_pack(folder / pack_name("int4"), shape)
     dense = load_file(folder / "model.safetensors")
-    dense["model.embed_tokens.weight"] = unpack_matrix(pack.arrays["embedding"], "int8", shape.vocab)
+    dense["model.embed_tokens.weight"] = unpack_matrix(pack.arrays["embedding"], "int8", shape.vocab_size)
     names = {"output": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
     for layer in range(shape.num_layers):
         at = f"model.layers.{layer}."
         for name, leaf in names.items():
-            rows = shape.matrices[name][0]
+            rows = matrix_sizes(shape)[name][0]
             dense[f"{at}{leaf}.weight"] = unpack_matrix(pack.arrays[f"layers.{layer}.{name}"], "int4", rows)
-        qkv = unpack_matrix(pack.arrays[f"layers.{layer}.qkv"], "int4", shape.matrices["qkv"][0])
+        qkv = unpack_matrix(pack.arrays[f"layers.{layer}.qkv"], "int4", matrix_sizes(shape)["qkv"][0])
         sizes = (192, 64, 64)
         for name, rows in zip("qkv", np.split(qkv, np.cumsum(sizes)[:2]), strict=True):
             dense[f"{at}self_attn.{name}_proj.weight"] = np.ascontiguousarray(rows)

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from chassis.errors import Code, PlatformError
@@ -58,6 +59,13 @@ class SizedRunner(Runner, Protocol):
     def block_size(self) -> int: ...
 
 
+class ModelRunner(SizedRunner, Protocol):
+    """A runner of a real model; `dtype_name` says what its weights are."""
+
+    @property
+    def dtype_name(self) -> str: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Chosen:
     """An engine that is not started yet. `is_ready` says whether it can answer now.
@@ -105,9 +113,7 @@ def can_run_native(settings: GeneratorSettings) -> bool:
 
 
 def load_native(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
-    """Verifies the model's files, then maps its packed weights and warms them up. Raises PlatformError."""
-    manifest = Manifest.load(settings.model_dir)
-    manifest.verify()
+    """Loads the model's packed weights and warms them up. Blocks. Raises PlatformError."""
     # Running sequences may bring drafts into a step, on top of the tokens that the scheduler counts.
     most = max(settings.max_step_tokens, settings.max_running) + settings.max_background_tokens
     most += settings.max_running * settings.max_drafts
@@ -120,28 +126,17 @@ def load_native(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
         weights=settings.weights,
         activations=settings.activations,
     )
-    runner = native_runner.make_runner(
-        settings.model_dir,
-        options,
-        model_id=manifest.id,
-        version=manifest.version,
-        created_unix_s=manifest.created_unix_s,
-    )
-    runner.warm_up()
-    log.info("model loaded", extra={"model": manifest.id, "dtype": runner.dtype_name, "kv_blocks": runner.num_blocks})
-    return runner, HfTokenizer.load(settings.model_dir)
+    return _load(settings, partial(native_runner.make_runner, settings.model_dir, options))
 
 
 def load_torch(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
-    """Verifies the model's files, then loads and warms it in torch. Blocks for seconds. Raises PlatformError."""
+    """Loads the model in torch and warms it up. Blocks for seconds. Raises PlatformError."""
     try:
         from generator.backends.torch_runner import RunnerOptions, make_runner
     except ImportError as error:
         message = f"the engine torch cannot run here ({error}): use GENERATOR_ENGINE=native, or the GPU image"
         raise PlatformError(Code.FAILED_PRECONDITION, message, retryable=False) from error
 
-    manifest = Manifest.load(settings.model_dir)
-    manifest.verify()
     options = RunnerOptions(
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_mb * 1024 * 1024,
@@ -151,13 +146,14 @@ def load_torch(settings: GeneratorSettings) -> tuple[SizedRunner, Tokenizer]:
         device=settings.device,
         max_sequences=settings.max_running,
     )
-    runner = make_runner(
-        settings.model_dir,
-        options,
-        model_id=manifest.id,
-        version=manifest.version,
-        created_unix_s=manifest.created_unix_s,
-    )
+    return _load(settings, partial(make_runner, settings.model_dir, options))
+
+
+def _load(settings: GeneratorSettings, make: Callable[..., ModelRunner]) -> tuple[SizedRunner, Tokenizer]:
+    """Verifies the model's files before anything reads them, then makes a runner and warms it up."""
+    manifest = Manifest.load(settings.model_dir)
+    manifest.verify()
+    runner = make(model_id=manifest.id, version=manifest.version, created_unix_s=manifest.created_unix_s)
     runner.warm_up()
     log.info("model loaded", extra={"model": manifest.id, "dtype": runner.dtype_name, "kv_blocks": runner.num_blocks})
     return runner, HfTokenizer.load(settings.model_dir)

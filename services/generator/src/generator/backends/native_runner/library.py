@@ -10,7 +10,7 @@ from typing import Any
 
 from chassis.errors import Code, PlatformError
 
-ABI = 2
+ABI = 3
 PARTS = ("q", "k", "v", "output", "gate", "up", "down")
 LAYER_ARRAYS = ("qkv", "output", "gate", "up", "down", "attention_norm", "mlp_norm")
 BUILDS_DIR = Path(__file__).parent / "_builds"
@@ -24,8 +24,8 @@ class Config(ctypes.Structure):
 
     _fields_ = [
         *((name, _I32) for name in ("num_layers", "hidden", "intermediate", "num_heads", "num_kv_heads", "head_dim")),
-        *((name, _I32) for name in ("vocab", "weight_bits", "num_threads", "block_size", "num_blocks")),
-        *((name, _I32) for name in ("context_length", "max_tokens", "max_rows", "max_sequences")),
+        *((name, _I32) for name in ("vocab", "weight_bits", "num_threads", "num_blocks")),
+        *((name, _I32) for name in ("context_length", "max_tokens", "max_rows")),
         ("wide_in_prompts", _I32),
         ("wide_after", _I32),
         ("norm_eps", _F32),

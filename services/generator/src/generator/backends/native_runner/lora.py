@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from generator.backends import lora_files
+from generator.backends.llama_config import LlamaConfig
 from generator.backends.lora_files import MODULES, LoraShape
 from generator.backends.native_runner.library import AdapterLayer, Factors
-from generator.backends.native_runner.weights import Shape
 from generator.core.adapters import AdapterFiles
 
 
@@ -30,12 +30,12 @@ class NativeAdapter:
         return ctypes.addressof(self.layers)
 
 
-def read_adapter(files: AdapterFiles, shape: Shape) -> NativeAdapter:
+def read_adapter(files: AdapterFiles, shape: LlamaConfig) -> NativeAdapter:
     """Makes an adapter's weights. Blocks for a fraction of a second. Raises PlatformError as lora_files.read_lora."""
     sizes = LoraShape(
         num_layers=shape.num_layers,
-        hidden_size=shape.hidden,
-        inner_size=shape.intermediate,
+        hidden_size=shape.hidden_size,
+        inner_size=shape.intermediate_size,
         query_size=shape.num_heads * shape.head_dim,
         kv_size=shape.num_kv_heads * shape.head_dim,
     )

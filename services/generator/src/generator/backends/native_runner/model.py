@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from generator.backends.llama_config import LlamaConfig
 from generator.backends.native_runner.library import LAYER_ARRAYS, Config, Draw, Layer, Step, load_library
-from generator.backends.native_runner.weights import PackedWeights, Shape, rope_tables
+from generator.backends.native_runner.weights import PackedWeights, rope_tables
 from generator.core.engine import OutOfMemory
 
 BLOCK_SIZE = 16  # the kernels' own: a register holds 16 keys
@@ -50,16 +51,16 @@ class StepArrays:
 class NativeModel:
     """Not thread-safe. Close it, or its threads stay."""
 
-    def __init__(self, shape: Shape, weights: PackedWeights, limits: Limits) -> None:
+    def __init__(self, shape: LlamaConfig, weights: PackedWeights, limits: Limits) -> None:
         """Raises PlatformError(FAILED_PRECONDITION) where no build fits the processor, OutOfMemory."""
         self._library, self.build = load_library()
         self._shape = shape
-        self._weights = weights  # keeps the mapped file alive
+        self._weights = weights  # the kernels point into them
         self._cos, self._sin = rope_tables(shape, limits.context_length)
         size = shape.num_layers * limits.num_blocks * shape.num_kv_heads * shape.head_dim * BLOCK_SIZE
         self._keys, self._values = _lazy_halves(size), _lazy_halves(size)
-        self._logits = np.frombuffer(mmap.mmap(-1, limits.max_rows * shape.vocab * 4), dtype=np.float32)
-        self._logits = self._logits.reshape(limits.max_rows, shape.vocab)
+        self._logits = np.frombuffer(mmap.mmap(-1, limits.max_rows * shape.vocab_size * 4), dtype=np.float32)
+        self._logits = self._logits.reshape(limits.max_rows, shape.vocab_size)
         self._best = np.zeros(limits.max_rows, dtype=np.int32)
         layers = (Layer * shape.num_layers)()
         for number, layer in enumerate(layers):
@@ -107,15 +108,17 @@ class NativeModel:
 _ARRAYS = ("token_ids", "positions", "starts", "tables", "table_starts", "is_prompt", "rows", "wants_logits")
 
 
-def _make_config(shape: Shape, weights: PackedWeights, limits: Limits) -> Config:
-    sizes = ("num_layers", "hidden", "intermediate", "num_heads", "num_kv_heads", "head_dim", "vocab", "norm_eps")
-    bounds = ("num_threads", "num_blocks", "context_length", "max_tokens", "max_rows", "max_sequences")
-    precision = ("wide_in_prompts", "wide_after")
+def _make_config(shape: LlamaConfig, weights: PackedWeights, limits: Limits) -> Config:
+    sizes = ("num_layers", "num_heads", "num_kv_heads", "head_dim")
+    bounds = ("num_threads", "num_blocks", "context_length", "max_tokens", "max_rows", "wide_in_prompts", "wide_after")
     return Config(
+        hidden=shape.hidden_size,
+        intermediate=shape.intermediate_size,
+        vocab=shape.vocab_size,
+        norm_eps=shape.rms_norm_eps,
         weight_bits=weights.weight_bits,
-        block_size=BLOCK_SIZE,
         **{name: getattr(shape, name) for name in sizes},
-        **{name: getattr(limits, name) for name in bounds + precision},
+        **{name: getattr(limits, name) for name in bounds},
     )
 
 

@@ -9,10 +9,11 @@ from typing import Literal
 import numpy as np
 
 from chassis.errors import Code, PlatformError
+from generator.backends.llama_config import LlamaConfig
 from generator.backends.native_runner.library import Draw
 from generator.backends.native_runner.lora import NativeAdapter, read_adapter
 from generator.backends.native_runner.model import BLOCK_SIZE, Limits, NativeModel, StepArrays
-from generator.backends.native_runner.weights import Shape, find_pack, load_pack
+from generator.backends.native_runner.weights import find_pack, load_pack, load_shape
 from generator.core import sampling
 from generator.core.adapters import AdapterFiles
 from generator.core.requests import GenerationRequest, ModelSpec, SamplingParams
@@ -50,7 +51,9 @@ class NativeRunner:
 
     block_size = BLOCK_SIZE
 
-    def __init__(self, native: NativeModel, shape: Shape, model: ModelSpec, limits: Limits, dtype_name: str) -> None:
+    def __init__(
+        self, native: NativeModel, shape: LlamaConfig, model: ModelSpec, limits: Limits, dtype_name: str
+    ) -> None:
         self.num_blocks = limits.num_blocks
         self.dtype_name = dtype_name
         self._native = native
@@ -214,7 +217,7 @@ def make_runner(
 
     Raises PlatformError: FAILED_PRECONDITION where the model or the processor does not fit, DATA_LOSS for damage.
     """
-    shape = Shape.load(folder)
+    shape = load_shape(folder)
     path = find_pack(folder, options.weights)
     if path is None:
         message = f"{folder.name} has no packed weights ({options.weights}): pressroom models add makes them"
@@ -236,7 +239,7 @@ def make_runner(
     model = ModelSpec(
         id=model_id,
         version=version,
-        vocab_size=shape.vocab,
+        vocab_size=shape.vocab_size,
         context_length=context_length,
         eos_token_ids=shape.eos_token_ids,
         created_unix_s=created_unix_s,

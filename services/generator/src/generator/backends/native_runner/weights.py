@@ -1,6 +1,5 @@
-"""Packed weights in mapped files, and what the kernels are told of a model's shape."""
+"""Packed weights, and the models that the kernels can run."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,72 +9,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chassis.errors import Code, PlatformError
+from generator.backends.llama_config import LlamaConfig
 from modelstore.packing import GROUP, LANES, LAYOUT, TILE_BYTES, PackFormat, pack_name
 from modelstore.tensors import TensorFile
 
 _HEAD_DIMS = frozenset({32, 64, 96, 128})
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a Llama-shaped model."""
+def load_shape(folder: Path) -> LlamaConfig:
+    """Reads a model's shape. Raises PlatformError(FAILED_PRECONDITION) for one that the kernels cannot run."""
+    shape = LlamaConfig.load(folder)
+    if shape.rope_scaling is not None:
+        raise _refuse("scaled RoPE")
+    if shape.head_dim not in _HEAD_DIMS:
+        raise _refuse(f"head_dim {shape.head_dim}")
+    if shape.num_heads % shape.num_kv_heads or shape.num_heads // shape.num_kv_heads > 64:
+        raise _refuse(f"{shape.num_heads} query heads over {shape.num_kv_heads} key heads")
+    return shape
 
-    num_layers: int
-    hidden: int
-    intermediate: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab: int
-    norm_eps: float
-    rope_theta: float
-    context_length: int
-    eos_token_ids: frozenset[int]
 
-    @classmethod
-    def load(cls, folder: Path) -> "Shape":
-        """Reads config.json and generation_config.json. Raises PlatformError(FAILED_PRECONDITION)."""
-        config = _read_json(folder / "config.json")
-        generation = folder / "generation_config.json"
-        eos = (_read_json(generation) if generation.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise _refuse(f"rope_type {rope['rope_type']!r}")
-        shape = cls(
-            num_layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            intermediate=config["intermediate_size"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
-            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-            vocab=config["vocab_size"],
-            norm_eps=config["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            context_length=config["max_position_embeddings"],
-            eos_token_ids=frozenset([eos] if isinstance(eos, int) else eos or []),
-        )
-        if shape.head_dim not in _HEAD_DIMS:
-            raise _refuse(f"head_dim {shape.head_dim}")
-        if shape.num_heads % shape.num_kv_heads or shape.num_heads // shape.num_kv_heads > 64:
-            raise _refuse(f"{shape.num_heads} query heads over {shape.num_kv_heads} key heads")
-        return shape
-
-    @property
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Rows and columns of a layer's matrices."""
-        attended = self.num_heads * self.head_dim
-        return {
-            "qkv": (attended + 2 * self.num_kv_heads * self.head_dim, self.hidden),
-            "output": (self.hidden, attended),
-            "gate": (self.intermediate, self.hidden),
-            "up": (self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
-        }
+def matrix_sizes(shape: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Returns rows and columns of a layer's matrices."""
+    attended = shape.num_heads * shape.head_dim
+    return {
+        "qkv": (attended + 2 * shape.num_kv_heads * shape.head_dim, shape.hidden_size),
+        "output": (shape.hidden_size, attended),
+        "gate": (shape.intermediate_size, shape.hidden_size),
+        "up": (shape.intermediate_size, shape.hidden_size),
+        "down": (shape.hidden_size, shape.intermediate_size),
+    }
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeights:
-    """Arrays by name, views into a mapped file, checked against the model's shape."""
+    """Arrays by name, checked against the model's shape."""
 
     form: PackFormat
     arrays: Mapping[str, NDArray[Any]]
@@ -95,24 +62,27 @@ def find_pack(folder: Path, form: Literal["auto", "int4", "int8"] = "auto") -> P
     return next((folder / pack_name(f) for f in forms if (folder / pack_name(f)).is_file()), None)
 
 
-def load_pack(path: Path, shape: Shape) -> PackedWeights:
-    """Maps packed weights. Raises PlatformError(DATA_LOSS) where they are damaged or do not fit the shape."""
+def load_pack(path: Path, shape: LlamaConfig) -> PackedWeights:
+    """Reads packed weights. Raises PlatformError(DATA_LOSS) where they are damaged or do not fit the shape.
+
+    They are copied: a file that shrinks under a map kills the process that reads it.
+    """
     file = TensorFile(path)
     form = file.metadata.get("format")
     if file.metadata.get("layout") != LAYOUT or form not in TILE_BYTES:
         raise _damaged(path, f"its layout is {file.metadata.get('layout')!r}, not {LAYOUT!r}")
     arrays: dict[str, NDArray[Any]] = {"norm": _norm(file, "norm", shape)}
     for name in ("embedding", "head") if "head" in file.entries else ("embedding",):
-        arrays[name] = _tiles(file, name, (shape.vocab, shape.hidden), "int8")
+        arrays[name] = _tiles(file, name, (shape.vocab_size, shape.hidden_size), "int8")
     for layer in range(shape.num_layers):
         for name in ("attention_norm", "mlp_norm"):
             arrays[f"layers.{layer}.{name}"] = _norm(file, f"layers.{layer}.{name}", shape)
-        for name, size in shape.matrices.items():
+        for name, size in matrix_sizes(shape).items():
             arrays[f"layers.{layer}.{name}"] = _tiles(file, f"layers.{layer}.{name}", size, form)
     return PackedWeights("int4" if form == "int4" else "int8", arrays)
 
 
-def rope_tables(shape: Shape, context_length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def rope_tables(shape: LlamaConfig, context_length: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Returns cosine and sine [context, D / 2] (RoFormer, arXiv 2104.09864)."""
     exponents = np.arange(0, shape.head_dim, 2, dtype=np.float32) / np.float32(shape.head_dim)
     frequencies = (shape.rope_theta**-exponents).astype(np.float32)
@@ -125,19 +95,14 @@ def _tiles(file: TensorFile, name: str, size: tuple[int, int], form: str) -> NDA
     wanted = (-(-size[0] // LANES), size[1] // GROUP, TILE_BYTES[form])
     if array.dtype != np.uint8 or array.shape != wanted:
         raise _damaged(file.path, f"{name} is {array.dtype}{list(array.shape)}, not uint8{list(wanted)}")
-    return array
+    return array.copy()
 
 
-def _norm(file: TensorFile, name: str, shape: Shape) -> NDArray[Any]:
+def _norm(file: TensorFile, name: str, shape: LlamaConfig) -> NDArray[Any]:
     array = file.raw(name)
-    if array.dtype != np.float32 or array.shape != (shape.hidden,):
-        raise _damaged(file.path, f"{name} is {array.dtype}{list(array.shape)}, not float32[{shape.hidden}]")
-    return array
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return document
+    if array.dtype != np.float32 or array.shape != (shape.hidden_size,):
+        raise _damaged(file.path, f"{name} is {array.dtype}{list(array.shape)}, not float32[{shape.hidden_size}]")
+    return array.copy()
 
 
 def _refuse(why: str) -> PlatformError:

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generator.backends.llama_config import LlamaConfig
 from generator.backends.torch_runner import lora, paged
 from generator.backends.torch_runner.lora import AdapterRows
 from generator.backends.torch_runner.paged import PagedGroup
 from generator.backends.torch_runner.rope import rope_tables
-from generator.backends.torch_runner.weights import LlamaConfig, LlamaWeights
+from generator.backends.torch_runner.weights import LlamaWeights
 
 
 @dataclass(slots=True)

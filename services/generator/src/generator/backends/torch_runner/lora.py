@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from generator.backends import lora_files
+from generator.backends.llama_config import LlamaConfig
 from generator.backends.lora_files import LoraLayer, LoraModule, LoraShape
-from generator.backends.torch_runner.weights import LlamaConfig
 from generator.core.adapters import AdapterFiles
 
 

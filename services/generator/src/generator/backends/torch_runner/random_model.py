@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from generator.backends.llama_config import LlamaConfig
 from generator.backends.torch_runner.devices import pick_device, pick_dtype
 from generator.backends.torch_runner.runner import RunnerOptions, TorchRunner, assemble
-from generator.backends.torch_runner.weights import LayerWeights, LlamaConfig, LlamaWeights
+from generator.backends.torch_runner.weights import LayerWeights, LlamaWeights
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, head_dim: int, vocab: int) -> LlamaConfig:

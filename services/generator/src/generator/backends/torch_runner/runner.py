@@ -10,13 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from generator.backends.llama_config import LlamaConfig
 from generator.backends.torch_runner import pick
 from generator.backends.torch_runner.batch import BatchLayout
 from generator.backends.torch_runner.decode import DecodeBuckets
 from generator.backends.torch_runner.devices import DTYPES, pick_device, pick_dtype
 from generator.backends.torch_runner.llama import Llama
 from generator.backends.torch_runner.lora import LoraWeights, read_lora
-from generator.backends.torch_runner.weights import LlamaConfig, LlamaWeights, load_weights
+from generator.backends.torch_runner.weights import LlamaWeights, load_weights
 from generator.core import sampling
 from generator.core.adapters import AdapterFiles
 from generator.core.engine import OutOfMemory
