@@ -34,6 +34,7 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
     app.mount_http(
         make_app(
             catalog=state.catalog,
+            serving=state.serving,
             embedder=peers.embedder,
             keys=state.keys,
             limiter=state.limiter,

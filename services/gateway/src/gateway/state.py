@@ -54,6 +54,7 @@ from gateway.core.graph import Sequenced
 from gateway.core.keys import KeyRing
 from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.services import Embedder, Generator
+from gateway.core.serving import Serving
 from gateway.core.uploads import Uploads
 
 ADMIN_TENANT = "admin"
@@ -86,6 +87,7 @@ class State:
     ledger: Ledger
     recorder: Recorder
     catalog: Catalog
+    serving: Serving
     routers: tuple[APIRouter, ...]
     servicers: tuple[tuple[Callable[[Any, Any], None], object, str], ...]
     tasks: tuple[tuple[str, Callable[[], Coroutine[Any, Any, None]]], ...]
@@ -128,6 +130,7 @@ async def open_state(
     keys = KeyRing(SqliteKeys(database), key_pepper.encode(), control)
     library = Library(files, documents, jobs, index, control, events.ingest_job)
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
+    serving = Serving(catalog)
     finetuning = Finetuning(finetunes, kept, TrainerRuns(peers.trainer), events.train_job)
     evaluations = Evaluations(
         SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job
@@ -152,6 +155,7 @@ async def open_state(
         ledger=ledger,
         recorder=recorder,
         catalog=catalog,
+        serving=serving,
         routers=(
             documents_router(library, max_upload_bytes=max_upload_bytes),
             files_router(Uploads(files, kept), files, max_upload_bytes=max_upload_bytes),
@@ -171,7 +175,7 @@ async def open_state(
             ),
             (
                 gateway_pb2_grpc.add_GraphServiceServicer_to_server,
-                GraphServicer(catalog, jobs, recorder, timeout_s=request_timeout_s),
+                GraphServicer(serving, jobs, recorder, timeout_s=request_timeout_s),
                 "pressroom.gateway.v1.GraphService",
             ),
         ),

@@ -36,6 +36,7 @@ from gateway.core.services import (
     TopLogprob,
     Usage,
 )
+from gateway.core.serving import Serving
 from testkit import free_port
 
 GRAPHS_DIR = Path(__file__).parents[2] / "src" / "gateway" / "graphs"
@@ -287,6 +288,7 @@ def world() -> World:
     catalog = Catalog(assemble(read_graphs(GRAPHS_DIR), services), generator, embedder, tuned)
     app = make_app(
         catalog=catalog,
+        serving=Serving(catalog),
         embedder=embedder,
         keys=FakeKeys(),
         limiter=FakeLimiter(),

@@ -54,6 +54,7 @@ from gateway.core.services import (
     Tokenized,
     Usage,
 )
+from gateway.core.serving import Serving
 from gateway.core.uploads import Uploads
 from testkit import free_port
 from testkit.fake_bus import FakeBus
@@ -256,6 +257,7 @@ async def make_world(database: Database, directory: Path) -> World:
     evaluations = Evaluations(SqliteEvaluations(database, outbox), kept, evaluator, events.evaluate_job)
     app = make_app(
         catalog=catalog,
+        serving=Serving(catalog),
         embedder=embedder,
         keys=ring,
         limiter=LocalLimiter(),

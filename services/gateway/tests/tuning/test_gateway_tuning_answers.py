@@ -12,6 +12,7 @@ from chassis.errors import Code, PlatformError
 from contracts import subjects
 from gateway.api.grpc_graphs import GraphServicer
 from gateway.core.services import Source
+from gateway.core.serving import Serving
 from testkit import eventually
 
 pytestmark = pytest.mark.integration
@@ -24,7 +25,7 @@ TUNED = f"{BASE}:press"
 async def ask(world):
     """Calls Answer for a tenant."""
     server = rpc.make_server("gateway")
-    servicer = GraphServicer(world.catalog, world.jobs, world.recorder, timeout_s=30)
+    servicer = GraphServicer(Serving(world.catalog), world.jobs, world.recorder, timeout_s=30)
     gateway_pb2_grpc.add_GraphServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -15,17 +15,16 @@ from pressroom.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from chassis import context, telemetry
 from chassis.errors import Code, PlatformError, http_status
 from gateway.api.errors import error_code
-from gateway.api.inference import note
 from gateway.api.json_body import validate
 from gateway.api.middleware import CLIENT_LEFT
 from gateway.api.middleware_account import Recorder, measure_tokens
 from gateway.api.openai_chat import ChatBody
 from gateway.core.account import Account
-from gateway.core.catalog import Catalog
 from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
-from gateway.core.jobs import Job, JobStatus, JobStore
+from gateway.core.jobs import JobStatus, JobStore
 from gateway.core.ports import Principal
 from gateway.core.services import Delta, Finished, Started
+from gateway.core.serving import Ask, Serving
 
 ROUTE = "/v1/evaluations"
 
@@ -51,8 +50,8 @@ class _Answer:
 class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
     """Runs graphs for jobs."""
 
-    def __init__(self, catalog: Catalog, jobs: JobStore, recorder: Recorder, *, timeout_s: float) -> None:
-        self._catalog = catalog
+    def __init__(self, serving: Serving, jobs: JobStore, recorder: Recorder, *, timeout_s: float) -> None:
+        self._serving = serving
         self._jobs = jobs
         self._recorder = recorder
         self._timeout_s = timeout_s
@@ -71,31 +70,19 @@ class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
         job = await self._jobs.get(called.tenant, request.job_id) if request.job_id else None
         if job is not None and (job.cancel_requested or job.status is JobStatus.CANCELLED):
             raise PlatformError(Code.FAILED_PRECONDITION, "the job was cancelled", reason="job_cancelled")
-        graph = await self._catalog.graph(request.model, called.tenant)
+        principal = Principal(job.key_id if job else "", called.tenant)
+        graph = await self._serving.graph(principal, request.model)
         wanted = _graph_request(request, called.tenant)
-        account = self._account(called, job, graph)
-        return await self._run(graph, wanted, account, Deadline.after(called.remaining_s(self._timeout_s)))
-
-    def _account(self, called: context.RequestContext, job: Job | None, graph: Graph) -> Account:
-        traceparent = telemetry.traceparent()
-        account = Account(
-            request_id=called.request_id,
-            trace_id=traceparent.split("-")[1] if traceparent else "",
-            traceparent=traceparent,
-            route=ROUTE,
-            principal=Principal(job.key_id if job else "", called.tenant),
+        deadline = Deadline.after(called.remaining_s(self._timeout_s))
+        return await self._run(
+            Ask(principal, _account(called, principal, graph), deadline, graph.name, (wanted,)), graph
         )
-        account.model = graph.name
-        return account
 
-    async def _run(
-        self, graph: Graph, wanted: GraphRequest, account: Account, deadline: Deadline
-    ) -> gateway_pb2.AnswerResponse:
-        answer, status = _Answer(), CLIENT_LEFT
+    async def _run(self, ask: Ask, graph: Graph) -> gateway_pb2.AnswerResponse:
+        answer, status, account = _Answer(), CLIENT_LEFT, ask.account
         try:
-            async with aclosing(graph.run(wanted, deadline)) as events:
+            async with aclosing(self._serving.run(ask, graph)) as events:
                 async for event in events:
-                    note(account, event)
                     answer.take(event)
             status = 200
         except PlatformError as error:
@@ -123,6 +110,19 @@ class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
             grounded=account.grounded,
             model_version=answer.model_version,
         )
+
+
+def _account(called: context.RequestContext, principal: Principal, graph: Graph) -> Account:
+    traceparent = telemetry.traceparent()
+    account = Account(
+        request_id=called.request_id,
+        trace_id=traceparent.split("-")[1] if traceparent else "",
+        traceparent=traceparent,
+        route=ROUTE,
+        principal=principal,
+    )
+    account.model = graph.name
+    return account
 
 
 def _graph_request(request: gateway_pb2.AnswerRequest, tenant: str) -> GraphRequest:

@@ -18,6 +18,7 @@ from gateway.api.openai_models import models_router
 from gateway.core.catalog import Catalog
 from gateway.core.ports import Keys, RequestLimiter
 from gateway.core.services import Embedder
+from gateway.core.serving import Serving
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Limits:
 def make_app(
     *,
     catalog: Catalog,
+    serving: Serving,
     embedder: Embedder,
     keys: Keys,
     limiter: RequestLimiter,
@@ -45,9 +47,9 @@ def make_app(
     routes = FastAPI(title="Pressroom", docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=no_telemetry)
     errors.install(routes)
     for router in (
-        chat_router(catalog),
-        completions_router(catalog),
-        embeddings_router(embedder),
+        chat_router(serving),
+        completions_router(serving),
+        embeddings_router(embedder, serving),
         models_router(catalog),
         *routers,
     ):

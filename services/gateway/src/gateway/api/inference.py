@@ -1,6 +1,6 @@
 """Sends the events of a graph to a client: as one JSON answer or as server-sent events.
 
-Keeps the account, watches for a client that leaves, and stops the work at once when it does. Headers go out with the
+Watches for a client that leaves, and stops the work at once when it does. Headers go out with the
 first chunk, so that what fails before it is a real HTTP status; what fails later is a last `data:` event.
 """
 
@@ -14,11 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from chassis.errors import Code, PlatformError
+from chassis.errors import PlatformError
 from gateway.api import errors
 from gateway.core.account import Account
-from gateway.core.graph import Deadline, GraphEvent, Grounding
-from gateway.core.services import Delta, Done, Finished, Started
+from gateway.core.graph import Deadline, GraphEvent
 
 JsonObject = Mapping[str, Any]
 
@@ -56,7 +55,7 @@ def deadline_of(request: Request) -> Deadline:
 
 
 class InferenceResponse(Response):
-    """Runs a graph while it answers."""
+    """Answers with the events of a graph while they come."""
 
     def __init__(
         self, events: AsyncGenerator[GraphEvent], rendering: Rendering, account: Account, *, stream: bool
@@ -85,7 +84,6 @@ class InferenceResponse(Response):
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events) as events:
             async for event in events:
-                note(self._account, event)
                 for _ in self._rendering.take(event):
                     pass
         await json_response(self._rendering.whole())(scope, receive, send)
@@ -95,7 +93,6 @@ class InferenceResponse(Response):
         try:
             async with aclosing(self._events) as events:
                 async for event in events:
-                    note(self._account, event)
                     data = b"".join(map(_sse, self._rendering.take(event)))
                     if not data:
                         continue
@@ -117,27 +114,6 @@ class InferenceResponse(Response):
             scope["state"]["error"] = errors.internal_error()
             last = _sse(errors.envelope(errors.internal_error()))
         await send({"type": "http.response.body", "body": last, "more_body": False})
-
-
-def note(account: Account, event: GraphEvent) -> None:
-    """Keeps the account, and ends what the engine cut off with an error."""
-    match event:
-        case Delta():
-            account.produced(event.num_tokens, event.text)
-        case Started():
-            account.prompt_known(event.prompt_tokens)
-        case Done():
-            account.done(event.usage)
-        case Grounding():
-            account.grounded = event.grounded
-        case Finished(reason="deadline"):
-            account.finish_reason = "deadline"
-            raise PlatformError(Code.DEADLINE_EXCEEDED, "the request took longer than the server allows")
-        case Finished(reason="cancelled"):
-            account.finish_reason = "cancelled"
-            raise PlatformError(Code.UNAVAILABLE, "the generator cancelled the request", retry_after_s=1.0)
-        case Finished():
-            account.finish_reason = event.reason
 
 
 async def finished_before_client_left(work: Any, receive: Receive) -> bool:

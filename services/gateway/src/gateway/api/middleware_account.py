@@ -72,6 +72,7 @@ class Accounting:
             traceparent=telemetry.traceparent(),
             route=scope["path"],
             principal=state["principal"],
+            answer_headers=state["answer_headers"],
         )
         state["account"] = account
         status = 0

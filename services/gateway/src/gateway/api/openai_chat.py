@@ -24,7 +24,6 @@ from gateway.api.openai_tools import (
     callable_tools,
     wanted_calls,
 )
-from gateway.core.catalog import Catalog
 from gateway.core.graph import GraphRequest
 from gateway.core.services import (
     Chat,
@@ -32,6 +31,7 @@ from gateway.core.services import (
     Message,
     ToolCalls,
 )
+from gateway.core.serving import Ask, Serving
 
 _MAX_MESSAGES = 4096
 _MAX_TOP_LOGPROBS = 20
@@ -184,7 +184,7 @@ def _dump(value: object) -> str:
     return orjson.dumps(value).decode()
 
 
-def chat_router(catalog: Catalog) -> APIRouter:
+def chat_router(serving: Serving) -> APIRouter:
     """The route."""
     router = APIRouter()
 
@@ -192,12 +192,12 @@ def chat_router(catalog: Catalog) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Answers a chat."""
         body = await read_json(request, ChatBody)
-        tenant = principal_of(request).tenant
-        graph = await catalog.graph(body.model, tenant)
+        principal = principal_of(request)
+        graph = await serving.graph(principal, body.model)
         account = account_of(request)
         account.model = graph.name
         body.refuse_what_is_missing()
-        wanted = body.request(tenant)
+        wanted = body.request(principal.tenant)
         assert isinstance(wanted.prompt, Chat)
         account.prompt_text = "\n".join(message.content for message in wanted.prompt.messages)
         rendering = ChatRendering(
@@ -208,7 +208,7 @@ def chat_router(catalog: Catalog) -> APIRouter:
             has_tools=isinstance(wanted.grammar, ToolCalls),
             params=body.params(),
         )
-        events = graph.run(wanted, deadline_of(request))
-        return InferenceResponse(events, rendering, account, stream=bool(body.stream))
+        ask = Ask(principal, account, deadline_of(request), graph.name, requests=(wanted,))
+        return InferenceResponse(serving.run(ask, graph), rendering, account, stream=bool(body.stream))
 
     return router

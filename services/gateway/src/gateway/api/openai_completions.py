@@ -2,8 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
 from fastapi import APIRouter
@@ -18,10 +17,9 @@ from gateway.api.json_body import read_json
 from gateway.api.openai_constraints import ConstrainedBody
 from gateway.api.openai_logprobs import CompletionLogprobs
 from gateway.api.openai_params import MAX_CHOICES, MaxTokensOrNone, SamplingBody, TokenId, usage_object
-from gateway.core.catalog import Catalog
-from gateway.core.fanout import merged
-from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
+from gateway.core.graph import GraphEvent, GraphRequest
 from gateway.core.services import Delta, Done, Finished, Started, Usage
+from gateway.core.serving import Ask, Serving
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 _MAX_LOGPROBS = 20
@@ -198,13 +196,7 @@ class CompletionRendering:
         return chunk | {"usage": None} if self._include_usage else chunk
 
 
-def _run(graph: Graph, requests: Sequence[GraphRequest], deadline: Deadline) -> AsyncGenerator[GraphEvent]:
-    if len(requests) == 1:
-        return graph.run(requests[0], deadline)
-    return merged([partial(graph.run, request, deadline) for request in requests], requests[0].n)
-
-
-def completions_router(catalog: Catalog) -> APIRouter:
+def completions_router(serving: Serving) -> APIRouter:
     """The route."""
     router = APIRouter()
 
@@ -212,16 +204,15 @@ def completions_router(catalog: Catalog) -> APIRouter:
     async def completions(request: Request) -> Response:
         """Completes prompts."""
         body = await read_json(request, CompletionBody)
-        tenant = principal_of(request).tenant
-        graph = await catalog.graph(body.model, tenant)
+        principal = principal_of(request)
+        graph = await serving.graph(principal, body.model)
         account = account_of(request)
         account.model = graph.name
         body.refuse_what_is_missing()
-        wanted = body.requests(tenant)
+        wanted = body.requests(principal.tenant)
         account.prompt_text = "\n".join(one.prompt for one in wanted if isinstance(one.prompt, str))
         rendering = CompletionRendering(body, wanted, graph.name)
-        return InferenceResponse(
-            _run(graph, wanted, deadline_of(request)), rendering, account, stream=bool(body.stream)
-        )
+        ask = Ask(principal, account, deadline_of(request), graph.name, requests=tuple(wanted))
+        return InferenceResponse(serving.run(ask, graph), rendering, account, stream=bool(body.stream))
 
     return router

@@ -14,14 +14,15 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from chassis.errors import Code, PlatformError
+from gateway.api.identity import principal_of
 from gateway.api.inference import account_of, deadline_of, finished_before_client_left
 from gateway.api.json_body import Body, read_json
 from gateway.api.openai_completions import prompt_kind, prompts_of
 from gateway.api.openai_params import ModelName, TokenId
-from gateway.core.account import Account
 from gateway.core.catalog import model_not_found
 from gateway.core.graph import Deadline
 from gateway.core.services import Embedded, Embedder, Usage
+from gateway.core.serving import Ask, Serving
 
 _MAX_INPUTS = 2048  # OpenAI's
 _THREAD_FROM_VECTORS = 64  # more take over 5 ms to write and would hold up the event loop
@@ -53,24 +54,25 @@ class EmbeddingsBody(Body):
 class _EmbeddingsResponse(Response):
     """Asks the embedder while it answers, so that a client that leaves is noticed."""
 
-    def __init__(self, body: EmbeddingsBody, embedder: Embedder, account: Account, deadline: Deadline) -> None:
+    def __init__(self, body: EmbeddingsBody, embedder: Embedder, serving: Serving, ask: Ask) -> None:
         super().__init__()
         self._body = body
         self._embedder = embedder
-        self._account = account
-        self._deadline = deadline
+        self._serving = serving
+        self._ask = ask
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Works until everything was sent or the client left."""
         if not await finished_before_client_left(self._answer(scope, receive, send), receive):
-            self._account.finish_reason = "cancelled"
+            self._ask.account.finish_reason = "cancelled"
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = self._body
-        embedded = await _embed(self._embedder, body, self._deadline)
-        self._account.model = body.model
-        self._account.done(Usage(prompt_tokens=embedded.num_tokens))
-        self._account.finish_reason = "stop"
+        body, account = self._body, self._ask.account
+        async with self._serving.hold(self._ask):
+            embedded = await _embed(self._embedder, body, self._ask.deadline)
+            account.model = body.model
+            account.done(Usage(prompt_tokens=embedded.num_tokens))
+            account.finish_reason = "stop"
         if len(embedded.vectors) > _THREAD_FROM_VECTORS:
             content = await asyncio.to_thread(_json, body, embedded)
         else:
@@ -113,7 +115,7 @@ def _base64(vector: Sequence[float]) -> str:
     return base64.b64encode(array("f", vector).tobytes()).decode("ascii")
 
 
-def embeddings_router(embedder: Embedder) -> APIRouter:
+def embeddings_router(embedder: Embedder, serving: Serving) -> APIRouter:
     """The route."""
     router = APIRouter()
 
@@ -121,6 +123,8 @@ def embeddings_router(embedder: Embedder) -> APIRouter:
     async def embeddings(request: Request) -> Response:
         """Embeds texts."""
         body = await read_json(request, EmbeddingsBody)
-        return _EmbeddingsResponse(body, embedder, account_of(request), deadline_of(request))
+        inputs = tuple(prompts_of(body.input))
+        ask = Ask(principal_of(request), account_of(request), deadline_of(request), body.model, inputs=inputs)
+        return _EmbeddingsResponse(body, embedder, serving, ask)
 
     return router

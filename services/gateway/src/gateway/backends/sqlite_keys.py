@@ -4,9 +4,11 @@ import sqlite3
 
 from gateway.backends.sqlite import Database
 from gateway.core.keys import KeyRow
+from gateway.core.policy import policy_from_json
 
 _SELECT = """
-    SELECT key_id, tenant, secret_hmac, is_admin, requests_per_minute, created_unix_s, revoked_unix_s, allows_text
+    SELECT key_id, tenant, secret_hmac, is_admin, requests_per_minute, created_unix_s, revoked_unix_s, allows_text,
+        keys.policy_json, tenants.policy_json
     FROM keys JOIN tenants USING (tenant)
 """
 
@@ -39,16 +41,27 @@ class SqliteKeys:
             )
             connection.execute(
                 """
-                INSERT INTO keys (key_id, tenant, secret_hmac, is_admin, requests_per_minute, created_unix_s)
-                VALUES (?, ?, ?, ?, ?, ?)
+                INSERT INTO keys (
+                    key_id, tenant, secret_hmac, is_admin, requests_per_minute, created_unix_s, policy_json
+                )
+                VALUES (?, ?, ?, ?, ?, ?, ?)
                 ON CONFLICT (key_id) DO UPDATE SET
                     revoked_unix_s = CASE WHEN secret_hmac = excluded.secret_hmac THEN revoked_unix_s END,
                     tenant = excluded.tenant,
                     secret_hmac = excluded.secret_hmac,
                     is_admin = excluded.is_admin,
-                    requests_per_minute = excluded.requests_per_minute
+                    requests_per_minute = excluded.requests_per_minute,
+                    policy_json = excluded.policy_json
                 """,
-                (row.key_id, row.tenant, row.secret_hmac, row.is_admin, row.requests_per_minute, row.created_unix_s),
+                (
+                    row.key_id,
+                    row.tenant,
+                    row.secret_hmac,
+                    row.is_admin,
+                    row.requests_per_minute,
+                    row.created_unix_s,
+                    row.policy.to_json(),
+                ),
             )
 
         await self._database.write(unit)
@@ -74,7 +87,7 @@ class SqliteKeys:
 
 
 def _row(row: tuple[object, ...]) -> KeyRow:
-    key_id, tenant, secret_hmac, is_admin, rpm, created_unix_s, revoked_unix_s, allows_text = row
+    key_id, tenant, secret_hmac, is_admin, rpm, created_unix_s, revoked_unix_s, allows_text, policy, of_tenant = row
     assert isinstance(secret_hmac, bytes) and isinstance(created_unix_s, int)
     assert isinstance(rpm, int | None) and isinstance(revoked_unix_s, int | None)
     return KeyRow(
@@ -86,4 +99,6 @@ def _row(row: tuple[object, ...]) -> KeyRow:
         created_unix_s=created_unix_s,
         revoked_unix_s=revoked_unix_s,
         allows_text=bool(allows_text),
+        policy=policy_from_json(str(policy)),
+        tenant_policy=policy_from_json(str(of_tenant)),
     )

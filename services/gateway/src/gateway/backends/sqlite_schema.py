@@ -174,4 +174,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX finetunes_of_model ON finetunes (model_id)",
         "CREATE INDEX jobs_unfinished ON jobs (tenant, type) WHERE status IN ('queued', 'running')",
     ),
+    (
+        # What they may do and how much, as core.policy writes it.
+        "ALTER TABLE keys ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE tenants ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
+    ),
 )

@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from chassis.errors import Code, PlatformError
+from gateway.core.graph import GraphEvent, Grounding
 from gateway.core.ports import Principal, RequestRecord
-from gateway.core.services import Usage
+from gateway.core.services import Delta, Done, Finished, Started, Usage
 
 MAX_KEPT_TEXT_CHARS = 32_768  # of prompt and of completion each, for the tenants that allow text
 
@@ -23,6 +25,7 @@ class Account:
     model: str = ""
     stream: bool = False
     grounded: bool | None = None
+    answer_headers: dict[str, str] = field(default_factory=dict)  # what is to be said beside the answer, over HTTP
     prompt_text: str = field(default="", repr=False)
     finish_reason: str = ""
     error_code: str = ""
@@ -39,6 +42,26 @@ class Account:
     def __post_init__(self) -> None:
         self._started_s = self.clock()
         self._started_unix_ms = int(time.time() * 1000)
+
+    def take(self, event: GraphEvent) -> None:
+        """Keeps what an event of the answer tells; raises PlatformError for what the engine cut off."""
+        match event:
+            case Delta():
+                self.produced(event.num_tokens, event.text)
+            case Started():
+                self.prompt_known(event.prompt_tokens)
+            case Done():
+                self.done(event.usage)
+            case Grounding():
+                self.grounded = event.grounded
+            case Finished(reason="deadline"):
+                self.finish_reason = "deadline"
+                raise PlatformError(Code.DEADLINE_EXCEEDED, "the request took longer than the server allows")
+            case Finished(reason="cancelled"):
+                self.finish_reason = "cancelled"
+                raise PlatformError(Code.UNAVAILABLE, "the generator cancelled the request", retry_after_s=1.0)
+            case Finished():
+                self.finish_reason = event.reason
 
     def prompt_known(self, num_tokens: int) -> None:
         """The prompt was admitted with so many tokens."""

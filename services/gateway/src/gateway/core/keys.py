@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from chassis.errors import Code, PlatformError
+from gateway.core.policy import UNRESTRICTED, Policy
 from gateway.core.ports import Principal
 
 _KEY = re.compile(r"sk-([A-Za-z0-9_]{1,64})-([A-Za-z0-9_-]{16,128})")
@@ -35,6 +36,8 @@ class KeyRow:
     created_unix_s: int
     revoked_unix_s: int | None = None
     allows_text: bool = False
+    policy: Policy = UNRESTRICTED
+    tenant_policy: Policy = UNRESTRICTED  # read along with the key, written by itself
 
 
 class KeyStore(Protocol):
@@ -110,7 +113,15 @@ class KeyRing:
         is_right = hmac.compare_digest(self._digest(secret), row.secret_hmac if row else self._absent)
         if row is None or not is_right or row.revoked_unix_s is not None:
             raise _refused()
-        return Principal(row.key_id, row.tenant, row.is_admin, row.requests_per_minute, row.allows_text)
+        return Principal(
+            row.key_id,
+            row.tenant,
+            row.is_admin,
+            row.requests_per_minute,
+            row.allows_text,
+            row.policy,
+            row.tenant_policy,
+        )
 
     async def create(self, tenant: str, *, requests_per_minute: int | None, is_admin: bool = False) -> tuple[str, str]:
         """Makes a key and returns its id and the whole key, which nobody can read again."""

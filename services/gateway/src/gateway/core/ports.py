@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from gateway.core.policy import UNRESTRICTED, Policy
+
 
 @dataclass(frozen=True, slots=True)
 class Principal:
@@ -17,6 +19,8 @@ class Principal:
     is_admin: bool = False
     requests_per_minute: int | None = None  # None: no limit
     allows_text: bool = False  # the tenant lets its prompts and completions be profiled
+    policy: Policy = UNRESTRICTED  # the key's own
+    tenant_policy: Policy = UNRESTRICTED
 
 
 @dataclass(frozen=True, slots=True)

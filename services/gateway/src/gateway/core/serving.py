@@ -1,0 +1,71 @@
+"""The one way to a model: whatever asks one passes here, over whichever API it came.
+
+So that permission, limits, money and a place in the queue are judged once and for all routes alike. Knows neither HTTP
+nor gRPC, and nothing of what the stages do.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from gateway.core.account import Account
+from gateway.core.catalog import Catalog
+from gateway.core.fanout import merged
+from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
+from gateway.core.ports import Principal
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request to a model: who asks what, until when. It has requests for a graph, or inputs for an encoder."""
+
+    principal: Principal
+    account: Account
+    deadline: Deadline
+    model: str  # the graph or the encoder that answers
+    requests: tuple[GraphRequest, ...] = ()  # one for each prompt
+    inputs: tuple[str | tuple[int, ...], ...] = ()  # what an encoder reads: texts or token ids
+
+
+class Stage(Protocol):
+    """What a request holds while its model works: a reservation, a record, a place in a queue."""
+
+    def hold(self, ask: Ask) -> AbstractAsyncContextManager[None]:
+        """Takes hold or raises PlatformError; lets go at the end, however it came. ask.account knows what was used."""
+        ...
+
+
+class Serving:
+    """Leads requests through the stages, in their order, to the model."""
+
+    def __init__(self, catalog: Catalog, stages: Sequence[Stage] = ()) -> None:
+        self._catalog = catalog
+        self._stages = tuple(stages)
+
+    async def graph(self, principal: Principal, name: str) -> Graph:
+        """What answers under that name for the sender; raises NOT_FOUND."""
+        return await self._catalog.graph(name, principal.tenant)
+
+    @asynccontextmanager
+    async def hold(self, ask: Ask) -> AsyncIterator[None]:
+        """Holds every stage; raises what a stage raises. For what is no graph: the encoders."""
+        async with AsyncExitStack() as held:
+            for stage in self._stages:
+                await held.enter_async_context(stage.hold(ask))
+            yield
+
+    async def run(self, ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
+        """Streams the graph's events and keeps the account; the caller closes it in the task that iterates it."""
+        async with self.hold(ask), aclosing(_events(ask, graph)) as events:
+            async for event in events:
+                ask.account.take(event)
+                yield event
+
+
+def _events(ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
+    requests = ask.requests
+    if len(requests) == 1:
+        return graph.run(requests[0], ask.deadline)
+    return merged([partial(graph.run, request, ask.deadline) for request in requests], requests[0].n)
