@@ -444,7 +444,6 @@ async def test_key_of_nulls_is_a_key_of_defaults(gateway):
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-    [
         ("POST", "/admin/keys"),
         ("GET", "/admin/keys"),
         ("DELETE", "/admin/keys/x"),
