@@ -317,6 +317,7 @@ async def test_state_opens_and_serves_while_everything_else_is_away(tmp_path):
             "prompt_tokens": 3,
             "completion_tokens": 2,
             "cached_tokens": 1,
+            "cost_micros": 0,
         }
 
 
