@@ -15,7 +15,7 @@ from gateway.api.csv_stream import csv_page
 from gateway.api.identity import principal_of, require_admin
 from gateway.api.json_body import Body, read_json
 from gateway.core.money import Price, PriceEntry, PriceList
-from gateway.core.usage_reports import MAX_GROUPS, TOTALS, Group, Selection, UsageReports
+from gateway.core.usage_reports import FIGURES, MAX_GROUPS, ROW, TOTALS, Group, Selection, UsageReports
 
 _PAGE_ROWS = 2_000  # some milliseconds to read and to write; between two pages others have their turn
 _CSV = "text/csv; charset=utf-8; header=present"
@@ -123,19 +123,19 @@ async def _sums(usage: UsageReports, groups: Sequence[Group], selection: Selecti
 
 
 async def _sum_pages(groups: Sequence[Group], found: Sequence[Mapping[str, object]]) -> AsyncIterator[bytes]:
-    names = list(found[0]) if found else [group.value for group in groups]
+    names = [*(group.column for group in groups), *FIGURES]
     for start in range(0, max(1, len(found)), _PAGE_ROWS):
         yield csv_page(names, found[start : start + _PAGE_ROWS], with_header=start == 0)
 
 
 async def _row_pages(usage: UsageReports, selection: Selection) -> AsyncIterator[bytes]:
-    place, is_first = (0, 0), True
+    yield csv_page(ROW, (), with_header=True)
+    place = (0, 0)
     while True:
         page, place = await usage.rows(selection, place, _PAGE_ROWS)
         if not page:
             return
-        yield csv_page(list(page[0]), page, with_header=is_first)
-        is_first = False
+        yield csv_page(ROW, page, with_header=False)
 
 
 def _groups(text: str, allowed: Sequence[Group] | type[Group]) -> tuple[Group, ...]:
