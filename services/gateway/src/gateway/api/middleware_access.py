@@ -1,4 +1,4 @@
-"""Who may pass and how often: authentication, request limits and the size of bodies."""
+"""Who may pass and how often: authentication, request limits, scopes and the size of bodies."""
 
 import asyncio
 import math
@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chassis import context
 from chassis.errors import Code, PlatformError
+from gateway.api.scopes import require_scope
 from gateway.core.ports import Keys, LimitState, RequestLimiter
 
 _MAX_KEY_CHARS = 256
@@ -119,6 +120,18 @@ def _duration(seconds: float) -> str:
         return f"{max(0, math.ceil(seconds * 1000))}ms"
     whole = math.ceil(seconds)
     return f"{whole}s" if whole < 60 else f"{whole // 60}m{whole % 60}s"
+
+
+class Permission:
+    """Holds keys that have scopes to their routes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on, or raises PERMISSION_DENIED."""
+        require_scope(scope["state"]["principal"], scope["path"])
+        await self._app(scope, receive, send)
 
 
 class BodyCap:
