@@ -37,6 +37,7 @@ from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
 from gateway.backends.evaluator_tasks import EvaluatorTasks
 from gateway.backends.monitor_profiles import MonitorProfiles
+from gateway.backends.oidc import OidcVerifier
 from gateway.backends.retriever_documents import RetrieverDocuments
 from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_audit import SqliteAudit
@@ -60,6 +61,7 @@ from gateway.core.keys import KeyRing
 from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.services import Embedder, Generator
 from gateway.core.serving import Serving
+from gateway.core.tokens import Credentials, Tokens
 from gateway.core.uploads import Uploads
 
 ADMIN_TENANT = "admin"
@@ -112,6 +114,7 @@ async def open_state(
     bus: Bus,
     graphs: Mapping[str, Sequenced],
     peers: Peers,
+    oidc: OidcVerifier | None = None,
 ) -> State:
     """Opens the database (migrating it), the file folder and the Valkey client, and upserts the bootstrap keys.
 
@@ -157,7 +160,7 @@ async def open_state(
         await database.close()
 
     return State(
-        keys=keys,
+        keys=Credentials(keys, Tokens(oidc, keys)) if oidc else keys,
         limiter=limiter,
         ledger=ledger,
         recorder=recorder,
@@ -194,6 +197,7 @@ async def open_state(
             ("job-progress", job_consumer.consume_progress),
             ("dead-jobs", job_consumer.consume_dead_jobs),
             ("revoked-keys", RevocationListener(bus, keys).listen),
+            *((("token-keys", oidc.run),) if oidc else ()),
         ),
         close=close,
     )
