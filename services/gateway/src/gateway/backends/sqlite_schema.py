@@ -178,5 +178,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # What they may do and how much, as core.policy writes it.
         "ALTER TABLE keys ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
         "ALTER TABLE tenants ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
+        # The limits that hold for all tenants together.
+        "CREATE TABLE platform_limits (id INTEGER PRIMARY KEY CHECK (id = 1), limits_json TEXT NOT NULL) STRICT",
     ),
 )
