@@ -1,4 +1,4 @@
-"""The algorithms of limits: in memory beside a slow reference that reads the history, in Valkey beside those in memory."""
+"""The algorithms of limits: in memory beside a slow reference that reads the history, in Valkey beside memory."""
 
 import copy
 from fractions import Fraction

@@ -64,8 +64,7 @@ local function open(name, first)
         -- Only where Valkey evicted it under memory pressure; what nobody can give back must not stay held.
         if redis.call('EXISTS', name .. ':held') == 0 then m.held = 0 end
         for _, id in ipairs(redis.call('ZRANGEBYSCORE', name .. ':held', '-inf', now)) do
-            local amount = release(m, id)
-            if m.counted == 'tokens' then add(m, amount, id) end
+            add(m, release(m, id), id)
         end
     end
     return m
@@ -184,7 +183,7 @@ _SETTLE = """
 local id, lease, used = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 for i, name in ipairs(KEYS) do
     local m = open(name, 4 * i)
-    if release(m, id) and m.counted == 'tokens' then add(m, used, id) end
+    if release(m, id) then add(m, used, id) end
     save(m, lease)
 end
 """

@@ -21,6 +21,7 @@ from gateway.core.sizing import Sizes, cut
 log = logging.getLogger(__name__)
 
 _REFRESH_S = 1.0
+_WIDE = 256  # so many requests fit into a wide limit, even by their bounds
 
 
 class LimitStore(Protocol):
@@ -105,8 +106,8 @@ class Limiting:
             return await self._limiter.reserve(meters, 0, 0)
         size = await self._sizes.bound(ask)
         if not size.is_exact:
-            # The bound asks nobody, and it is enough as long as the limit is not nearly used up.
-            if size.most <= capacity:
+            # The bound asks nobody. It holds far more than will be used, which only a wide limit can spare.
+            if size.most * _WIDE <= capacity:
                 verdict = await self._limiter.reserve(meters, size.most, size.most)
                 if verdict.allowed or any(not one.fits and not _counts_tokens(one.meter) for one in verdict.standings):
                     return verdict

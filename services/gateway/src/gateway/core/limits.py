@@ -44,7 +44,7 @@ class LocalLimiter:
     """Counts at most max_meters limits; the one that was used least recently is forgotten.
 
     It lets `share` of every amount through: with G gateways that cannot hear each other, a share of 1/G keeps the whole
-    within the limit. Implements ports.RequestLimiter, and meters.Limiter without waiting.
+    within the limit. Implements ports.RequestLimiter and meters.Limiter.
     """
 
     def __init__(
@@ -60,8 +60,12 @@ class LocalLimiter:
         meter = requests_per_minute(principal)
         return UNLIMITED if meter is None else limit_state(self.judge((meter,), 0, 0))
 
+    async def reserve(self, meters: Sequence[Meter], least: int, most: int) -> Verdict:
+        """Judges one request."""
+        return self.judge(meters, least, most)
+
     def judge(self, meters: Sequence[Meter], least: int, most: int) -> Verdict:
-        """Does what Limiter.reserve() says."""
+        """The same without waiting."""
         now_ms = self._now_ms()
         rules = [self._rule(meter) for meter in meters]
         counters = [self._counter(meter, rule, now_ms) for meter, rule in zip(meters, rules, strict=True)]
