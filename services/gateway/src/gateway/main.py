@@ -88,6 +88,7 @@ async def _open_state(
         max_upload_bytes=settings.max_upload_bytes,
         max_tenant_upload_bytes=settings.max_tenant_upload_bytes,
         request_timeout_s=settings.request_timeout_s,
+        local_limit_share=settings.local_limit_share,
         bus=bus,
         graphs=graphs,
         peers=peers,

@@ -18,9 +18,12 @@ from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
 from gateway.core.ports import Principal
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ask:
-    """One request to a model: who asks what, until when. It has requests for a graph, or inputs for an encoder."""
+    """One request to a model: who asks what, until when. It has requests for a graph, or inputs for an encoder.
+
+    A stage may narrow the requests: where a limit has fewer tokens left than the answer could have.
+    """
 
     principal: Principal
     account: Account
