@@ -103,7 +103,7 @@ def record(opening: Opening, usage: Usage = Usage(), *, is_exact: bool = True) -
 
 
 async def priced(database: Database, price: Price = PRICE, model: str = "m", since_ms: int = 0) -> None:
-    await SqlitePrices(database).put(PriceEntry(model, since_ms, price), now_unix_ms=0)
+    await SqlitePrices(database).put(PriceEntry(model, since_ms, price), "admin", now_unix_ms=0)
 
 
 async def reserved(database: Database) -> tuple[int, int, int]:
@@ -414,5 +414,5 @@ async def test_a_tuned_model_has_its_bases_price_unless_it_has_its_own(database:
 
 async def test_a_price_that_has_begun_is_not_changed(database: Database) -> None:
     with pytest.raises(PlatformError) as refusal:
-        await SqlitePrices(database).put(PriceEntry("m", NOW_MS - 1, PRICE), NOW_MS)
+        await SqlitePrices(database).put(PriceEntry("m", NOW_MS - 1, PRICE), "admin", NOW_MS)
     assert refusal.value.param == "effective_from"

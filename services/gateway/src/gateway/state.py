@@ -69,7 +69,6 @@ from gateway.core.limits import LocalLimiter
 from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.services import Embedder, Generator
 from gateway.core.serving import Serving
-from gateway.core.sizes import RequestSizes
 from gateway.core.sizing import Sizes
 from gateway.core.tokens import Credentials, Tokens
 from gateway.core.uploads import Uploads
@@ -154,8 +153,9 @@ async def open_state(
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
     platform_limits = PlatformLimits(SqliteLimits(database))
     await platform_limits.refresh()
-    limiting = Limiting(limiter, Sizes(graphs, peers.generator, peers.embedder), platform_limits, count_refusal)
-    serving = Serving(catalog, stages=(limiting, StartRecords(ledger, RequestSizes(catalog, peers.generator))))
+    sizes = Sizes(graphs, peers.generator, peers.embedder)
+    limiting = Limiting(limiter, sizes, platform_limits, count_refusal)
+    serving = Serving(catalog, stages=(limiting, StartRecords(ledger, sizes)))
     finetuning = Finetuning(finetunes, kept, TrainerRuns(peers.trainer), events.train_job)
     evaluations = Evaluations(
         SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job

@@ -13,10 +13,12 @@ import pytest
 from starlette.types import ASGIApp
 
 from chassis.errors import Code, PlatformError
+from chassis.telemetry import tracer
 from gateway.api.http import Limits, make_app
 from gateway.api.http_usage import usage_router
 from gateway.api.settlement import Recorder
 from gateway.backends import events
+from gateway.backends.graph_files import Services, assemble, read_graphs
 from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
@@ -29,10 +31,11 @@ from gateway.core.policy import Budget, Policy
 from gateway.core.ports import LimitState, Principal, RequestRecord
 from gateway.core.services import Usage
 from gateway.core.serving import Serving
-from gateway.core.sizes import RequestSizes
+from gateway.core.sizing import Sizes
 from gateway.core.usage_reports import Selection
 from testkit import eventually
 
+GRAPHS_DIR = Path(__file__).parents[2] / "src" / "gateway" / "graphs"
 MODEL, ADMIN = "smollm2-135m-instruct", "sk-admin-secret"
 RICH, POOR, OTHER = "sk-rich-secret", "sk-poor-secret", "sk-other-secret"
 
@@ -110,7 +113,7 @@ async def shop(world, tmp_path: Path) -> AsyncIterator[Shop]:
     ledger = SqliteLedger(database, SqliteOutbox(database), events.request_completed)
     keys, finals = Keys(), Finals()
     recorder = Recorder(ledger, finals)
-    stages = (StartRecords(ledger, RequestSizes(world.catalog, world.generator)),)
+    stages = (StartRecords(ledger, Sizes(_graphs(world), world.generator, world.embedder)),)
     app = make_app(
         catalog=world.catalog,
         serving=Serving(world.catalog, stages),
@@ -129,6 +132,11 @@ async def shop(world, tmp_path: Path) -> AsyncIterator[Shop]:
 async def _rows(shop: Shop) -> list[dict[str, object]]:
     rows, _ = await SqliteUsage(shop.database).rows(Selection(), (0, 0), 1000)
     return [dict(row) for row in rows]
+
+
+def _graphs(world):
+    services = Services(world.generator, world.embedder, world.retriever, tracer().start_as_current_span)
+    return assemble(read_graphs(GRAPHS_DIR), services)
 
 
 # Start records.
@@ -228,7 +236,7 @@ async def _none_open(shop: Shop) -> bool:
         ({"max_tokens": 4}, 2 + 40),
         ({"max_tokens": 4, "n": 3}, 2 + 120),
         ({"max_tokens": None}, 2 + 620),  # the rest of a context of 64
-        ({"model": "rag", "max_tokens": 4}, 64 + 40),  # the graph writes the prompt
+        ({"model": "rag", "max_tokens": 4}, 2 + 620),  # the graph writes the prompt
     ],
 )
 async def test_what_is_reserved_is_the_most_that_it_can_cost(shop: Shop, fields, most: int) -> None:
@@ -244,7 +252,10 @@ async def test_prompts_of_ids_and_encoders_are_bounded_too(shop: Shop) -> None:
     await shop.put_price(model="all-minilm-l6-v2", input_micros=10_000_000)
     await shop.put_price()
     async with shop.client(POOR) as client:
-        long = await client.post("/v1/embeddings", json={"model": "all-minilm-l6-v2", "input": "long enough"})
+        long = await client.post(
+            "/v1/embeddings",
+            json={"model": "all-minilm-l6-v2", "input": "one two " * 6},
+        )
         short = await client.post("/v1/embeddings", json={"model": "all-minilm-l6-v2", "input": ["four"]})
         ids = {"model": MODEL, "prompt": [[1, 2, 3], [4]], "max_tokens": 5}  # 4 + 100, of what is left of 100
         many = await client.post("/v1/completions", json=ids)
@@ -275,6 +286,9 @@ async def test_prices_are_put_and_listed(shop: Shop) -> None:
         "output_micros": 10_000_000,
         "effective_from": later,
     }
+    statement = "SELECT actor, action, subject FROM audit"
+    told = await shop.database.read(lambda c: c.execute(statement).fetchall())
+    assert told == [("admin", "price.set", MODEL)] * 2
     now, then = (await shop.get("/admin/prices")).json()["data"]
     assert now["cached_input_micros"] == now["input_micros"] == 1_000_000 and then == put
 
@@ -305,7 +319,7 @@ async def test_bad_prices_are_refused_and_the_field_is_named(shop: Shop, fields)
 async def used(shop: Shop) -> Shop:
     """Two days, two tenants, three keys."""
     ledger = SqliteLedger(shop.database, SqliteOutbox(shop.database), events.request_completed)
-    await SqlitePrices(shop.database).put(_price(), now_unix_ms=0)
+    await SqlitePrices(shop.database).put(_price(), "admin", now_unix_ms=0)
     day = datetime(2026, 3, 1, 12, tzinfo=UTC)
     for number, (tenant, key, model, days, error) in enumerate(
         [

@@ -96,13 +96,13 @@ def usage_router(usage: UsageReports, prices: PriceList) -> APIRouter:
 
     @router.put("/admin/prices")
     async def put_price(request: Request) -> dict[str, Any]:
-        require_admin(request)
+        actor = require_admin(request).key_id
         body = await read_json(request, NewPrice)
         now_ms = int(time.time() * 1000)
         since_ms = now_ms if body.effective_from is None else body.effective_from * 1000
         cached = body.input_micros if body.cached_input_micros is None else body.cached_input_micros
         entry = PriceEntry(body.model, since_ms, Price(body.input_micros, cached, body.output_micros))
-        await prices.put(entry, now_ms)
+        await prices.put(entry, actor, now_ms)
         return _price_shape(entry)
 
     return router
