@@ -5,7 +5,7 @@ main.py calls open_state once and adds what comes back to the app; it knows noth
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from gateway.backends import events
 from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
 from gateway.backends.evaluator_tasks import EvaluatorTasks
+from gateway.backends.gateway_metrics import count_fallback
 from gateway.backends.monitor_profiles import MonitorProfiles
 from gateway.backends.retriever_documents import RetrieverDocuments
 from gateway.backends.sqlite import Database
@@ -54,7 +55,7 @@ from gateway.core.graph import Sequenced
 from gateway.core.keys import KeyRing
 from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.services import Embedder, Generator
-from gateway.core.serving import Serving
+from gateway.core.serving import NoStage, Serving, Stage
 from gateway.core.uploads import Uploads
 
 ADMIN_TENANT = "admin"
@@ -70,6 +71,7 @@ class Peers:
     trainer: grpc.aio.Channel
     evaluator: grpc.aio.Channel
     monitor: grpc.aio.Channel
+    admission: Stage = field(default_factory=NoStage)  # leads requests to generator and embedder
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ async def open_state(
     keys = KeyRing(SqliteKeys(database), key_pepper.encode(), control)
     library = Library(files, documents, jobs, index, control, events.ingest_job)
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
-    serving = Serving(catalog)
+    serving = Serving(catalog, admission=peers.admission, on_fallback=count_fallback)
     finetuning = Finetuning(finetunes, kept, TrainerRuns(peers.trainer), events.train_job)
     evaluations = Evaluations(
         SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job
