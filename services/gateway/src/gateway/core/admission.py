@@ -1,8 +1,8 @@
 """Admission: the last stage before a model works. Who waits, for how long, who goes next, and who is refused at once.
 
 A backend is given as much at once as it begins with at once (core.capacity); the rest waits here, in a bounded queue
-that is fair between tenants in tokens (core.fair_queue). What cannot be answered in time is refused when it arrives, not
-after it has waited: a queue that only grows makes every answer late, and late answers are work for nothing.
+that is fair between tenants in tokens (core.fair_queue). What cannot be answered in time is refused when it arrives and
+not after it has waited: a queue that only grows makes every answer late, and late answers are work for nothing.
 
 Requests of jobs (priority below 0) go on when no person waits, and hold a part of the places at most.
 """
