@@ -117,7 +117,7 @@ class Guard(Generic[B]):
             message = f"{self._service} is not available: it failed too often"
             raise PlatformError(Code.UNAVAILABLE, message, retry_after_s=max(1.0, open_s))
         fresh = [backend for backend in admitting if backend not in tried] or admitting
-        doubtful = [backend for backend in fresh if backend.breaker.state is not BreakerState.CLOSED]
+        doubtful = [one for one in fresh if one.breaker.state is BreakerState.HALF_OPEN and one.breaker.admits]
         # A request that could be tried again finds out whether a backend has come back.
         if doubtful and (self._budget.allows or len(doubtful) == len(fresh)):
             return doubtful[0]

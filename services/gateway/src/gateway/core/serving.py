@@ -5,8 +5,8 @@ nor gRPC, and nothing of what the stages do.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -98,14 +98,18 @@ class Serving:
 
     async def _answer(self, ask: Ask, asked: Graph) -> AsyncGenerator[GraphEvent]:
         """The events of the graph, or of the first of its fallbacks that comes to a token."""
-        graph, fallbacks, first_error = asked, iter(asked.fallbacks.graphs), None
-        while True:
+        chain = [asked, *await self._fallbacks(ask, asked)]
+        first_error: PlatformError | None = None
+        for graph in chain:
+            most_s = None if graph is chain[-1] else asked.fallbacks.first_token_s
             async with aclosing(self._admitted(replace(ask, model=graph.name), graph)) as events:
                 try:
-                    first = await _first_events(events, asked)
+                    # Nothing is held back where nobody else could answer anyway.
+                    first = [] if graph is asked is chain[-1] else await _first_events(events, most_s)
                 except PlatformError as error:
                     first_error = first_error or error
-                    graph = await self._next(ask, fallbacks, first_error)
+                    if first_error.code not in _ANOTHER_MAY_ANSWER or ask.deadline.is_over or graph is chain[-1]:
+                        raise first_error from None
                     continue
                 ask.account.answer_headers[HEADER_MODEL] = graph.name
                 if graph is not asked:
@@ -117,27 +121,21 @@ class Serving:
                     yield event
                 return
 
+    async def _fallbacks(self, ask: Ask, asked: Graph) -> list[Graph]:
+        """Those that this sender may use."""
+        graphs: list[Graph] = []
+        for name in asked.fallbacks.graphs:
+            with suppress(PlatformError):
+                graphs.append(await self.graph(ask.principal, name))
+        return graphs
+
     async def _admitted(self, ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
         async with self._admission.hold(ask), aclosing(_events(ask, graph)) as events:
             async for event in events:
                 yield event
 
-    async def _next(self, ask: Ask, fallbacks: Iterator[str], error: PlatformError) -> Graph:
-        """The next graph to try after an error; raises that where it is the request's own, or nothing is left."""
-        if error.code not in _ANOTHER_MAY_ANSWER or ask.deadline.is_over:
-            raise error
-        for name in fallbacks:
-            try:
-                return await self.graph(ask.principal, name)
-            except PlatformError:  # this sender may not use it
-                continue
-        raise error
 
-
-async def _first_events(events: AsyncGenerator[GraphEvent], asked: Graph) -> list[GraphEvent]:
-    if not asked.fallbacks.graphs:  # nothing is to be held back, since nobody else will answer
-        return []
-    most_s = asked.fallbacks.first_token_s
+async def _first_events(events: AsyncGenerator[GraphEvent], most_s: float | None) -> list[GraphEvent]:
     try:
         async with asyncio.timeout(most_s):
             return await until_first_token(events)
