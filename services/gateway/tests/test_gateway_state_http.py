@@ -12,6 +12,7 @@ from gateway.api.http_jobs import jobs_router
 from gateway.api.http_later import later_router
 from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
+from gateway.api.http_usage import usage_router
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, RateLimit
 from gateway.backends import events
@@ -21,9 +22,10 @@ from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_documents import SqliteDocuments
 from gateway.backends.sqlite_jobs import SqliteJobs
 from gateway.backends.sqlite_keys import SqliteKeys
-from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
+from gateway.backends.sqlite_prices import SqlitePrices
 from gateway.backends.sqlite_schema import MIGRATIONS
+from gateway.backends.sqlite_usage import SqliteUsage
 from gateway.core.documents import Indexed, Library
 from gateway.core.finetuning import TunedModel
 from gateway.core.jobs import JobStatus, Report
@@ -112,7 +114,8 @@ async def gateway(tmp_path):
         documents_router(library, max_upload_bytes=MAX_UPLOAD_BYTES),
         jobs_router(jobs, control),
         search_router(retriever),
-        admin_router(keys, SqliteLedger(database, outbox, events.request_completed)),
+        admin_router(keys),
+        usage_router(SqliteUsage(database), SqlitePrices(database)),
         monitor_router(monitor, FakeTuned()),
         later_router(),
     ):
@@ -440,7 +443,15 @@ async def test_key_of_nulls_is_a_key_of_defaults(gateway):
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/admin/keys"), ("GET", "/admin/keys"), ("DELETE", "/admin/keys/x"), ("GET", "/admin/usage")],
+    [
+        ("POST", "/admin/keys"),
+        ("GET", "/admin/keys"),
+        ("DELETE", "/admin/keys/x"),
+        ("GET", "/admin/usage"),
+        ("GET", "/admin/usage/rows"),
+        ("GET", "/admin/prices"),
+        ("PUT", "/admin/prices"),
+    ],
 )
 async def test_admin_routes_need_an_admin_key(gateway, method, path):
     refused(await gateway.send(method, path, json={}), 403)

@@ -12,6 +12,7 @@ from chassis.nats_bus import NatsBus
 from chassis.settings import EXIT_BAD_CONFIGURATION, load_settings
 from contracts.subjects import STREAMS
 from gateway.api.http import Limits, make_app
+from gateway.backends.generator_usage import GeneratorUsage
 from gateway.backends.graph_files import Declaration, Services, assemble, read_graphs
 from gateway.core.graph import GraphError, Sequenced
 from gateway.flow import Flow, open_flow
@@ -52,8 +53,11 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
 
 
 def _open_peers(app: App, settings: GatewaySettings, flow: Flow, retriever: grpc.aio.Channel) -> Peers:
+    usages = GeneratorUsage(settings.generator_addr.split(","))
+    app.on_close(usages.close)
     return Peers(
         generator=flow.generator,
+        usages=usages,
         embedder=flow.embedder,
         admission=flow.admission,
         retriever=retriever,

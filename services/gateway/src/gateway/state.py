@@ -6,6 +6,7 @@ main.py calls open_state once and adds what comes back to the app; it knows noth
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from gateway.api.http_jobs import jobs_router
 from gateway.api.http_later import later_router
 from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
-from gateway.api.middleware_account import Recorder
+from gateway.api.http_usage import usage_router
 from gateway.api.openai_files import files_router
 from gateway.api.openai_finetuning import finetuning_router
 from gateway.api.relay import Relay
+from gateway.api.settlement import Recorder
 from gateway.backends import events
 from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
@@ -43,8 +45,10 @@ from gateway.backends.sqlite_jobs import SqliteJobs
 from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
+from gateway.backends.sqlite_prices import SqlitePrices
 from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.backends.sqlite_uploads import SqliteUploads
+from gateway.backends.sqlite_usage import SqliteUsage
 from gateway.backends.trainer_runs import TrainerRuns
 from gateway.backends.valkey_limits import ValkeyLimiter
 from gateway.core.catalog import Catalog
@@ -53,9 +57,11 @@ from gateway.core.evaluations import Evaluations
 from gateway.core.finetuning import Finetuning
 from gateway.core.graph import Sequenced
 from gateway.core.keys import KeyRing
+from gateway.core.ledger import FinalUsages, StartRecords, recover
 from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.services import Embedder, Generator
 from gateway.core.serving import NoStage, Serving, Stage
+from gateway.core.sizes import RequestSizes
 from gateway.core.uploads import Uploads
 
 ADMIN_TENANT = "admin"
@@ -66,6 +72,7 @@ class Peers:
     """The services that the state calls; each may be away. The channels belong to the caller."""
 
     generator: Generator
+    usages: FinalUsages  # the generator's book of usage
     embedder: Embedder
     retriever: grpc.aio.Channel
     trainer: grpc.aio.Channel
@@ -121,7 +128,7 @@ async def open_state(
 
     outbox = SqliteOutbox(database)
     ledger = SqliteLedger(database, outbox, events.request_completed)
-    recorder = Recorder(ledger)
+    recorder = Recorder(ledger, peers.usages)
     jobs = SqliteJobs(database)
     documents = SqliteDocuments(database, outbox)
     kept = SqliteUploads(database, max_tenant_bytes=max_tenant_upload_bytes)
@@ -132,7 +139,12 @@ async def open_state(
     keys = KeyRing(SqliteKeys(database), key_pepper.encode(), control)
     library = Library(files, documents, jobs, index, control, events.ingest_job)
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
-    serving = Serving(catalog, admission=peers.admission, on_fallback=count_fallback)
+    serving = Serving(
+        catalog,
+        stages=(StartRecords(ledger, RequestSizes(catalog, peers.generator)),),
+        admission=peers.admission,
+        on_fallback=count_fallback,
+    )
     finetuning = Finetuning(finetunes, kept, TrainerRuns(peers.trainer), events.train_job)
     evaluations = Evaluations(
         SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job
@@ -165,7 +177,8 @@ async def open_state(
             evaluations_router(evaluations, catalog),
             jobs_router(jobs, control),
             search_router(index),
-            admin_router(keys, ledger),
+            admin_router(keys),
+            usage_router(SqliteUsage(database), SqlitePrices(database)),
             monitor_router(MonitorProfiles(peers.monitor), finetunes),
             later_router(),
         ),
@@ -186,6 +199,7 @@ async def open_state(
             ("job-progress", job_consumer.consume_progress),
             ("dead-jobs", job_consumer.consume_dead_jobs),
             ("revoked-keys", RevocationListener(bus, keys).listen),
+            ("left-requests", partial(recover, ledger, ledger, peers.usages)),
         ),
         close=close,
     )

@@ -96,6 +96,8 @@ async def test_what_was_not_passed_on_is_not_accounted():
     lost = [Grounding(True), Started(500, "v1"), AWAY]
     events, account = await answered(FakeGraph("first", *lost, fallbacks=["second"]), FakeGraph("second", *ANSWER))
     assert events == [Answering("second"), *ANSWER] and account.usage.prompt_tokens == 3
+    account.asks_generator()
+    assert not account.is_exact  # the generator is asked what the first try used
 
 
 async def test_a_model_that_has_begun_to_speak_is_not_replaced():

@@ -1,4 +1,4 @@
-"""The admin routes: keys and usage. Each needs an admin key."""
+"""The admin routes of keys. Each needs an admin key."""
 
 from typing import Annotated, Any
 
@@ -9,7 +9,6 @@ from contracts.names import DEFAULT_TENANT
 from gateway.api.identity import require_admin
 from gateway.api.json_body import Body, read_json
 from gateway.core.keys import KeyRing, KeyRow
-from gateway.core.ports import UsageReport
 
 
 class NewKey(Body):
@@ -22,8 +21,8 @@ class NewKey(Body):
     is_admin: bool | None = None
 
 
-def admin_router(keys: KeyRing, usage: UsageReport) -> APIRouter:
-    """Makes POST, GET and DELETE of /admin/keys, and GET /admin/usage."""
+def admin_router(keys: KeyRing) -> APIRouter:
+    """Makes POST, GET and DELETE of /admin/keys."""
     router = APIRouter()
 
     @router.post("/admin/keys")
@@ -45,11 +44,6 @@ def admin_router(keys: KeyRing, usage: UsageReport) -> APIRouter:
         require_admin(request)
         await keys.revoke(key_id)
         return {"id": key_id, "revoked": True}
-
-    @router.get("/admin/usage")
-    async def get_usage(request: Request) -> dict[str, Any]:
-        require_admin(request)
-        return {"object": "list", "data": await usage.totals()}
 
     return router
 

@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 from chassis.errors import Code, PlatformError
 from gateway.core.services import (
+    Abandoned,
     Chat,
     Finished,
     GenerationEvent,
@@ -70,6 +71,7 @@ class GraphRequest:
     collection: str | None = None  # None: the one that the graph declares
     adapter: str = ""  # the adapter that its model answers through, where the graph is a plain one
     priority: int = 0  # scheduling class in the generator: higher runs first
+    usage_id: str = ""  # what the generator accounts it under; Serving fills it in
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ async def until_first_token(events: AsyncIterator[Event], on_first: Callable[[],
         first.append(event)
         if isinstance(event, Finished) and (error := cut_off(event)) is not None:
             raise error
-        if not isinstance(event, Started | Grounding | Answering):
+        if not isinstance(event, Started | Grounding | Answering | Abandoned):
             break
     return first
 

@@ -18,7 +18,7 @@ from gateway.core.breaker import Breaker, BreakerState
 from gateway.core.capacity import Capacity
 from gateway.core.graph import until_first_token
 from gateway.core.retry_budget import RetryBudget
-from gateway.core.services import GenerationEvent
+from gateway.core.services import Abandoned, GenerationEvent
 
 _MOST_TRIES = 3
 _FIRST_PAUSE_S = 0.025  # doubled at every try; the pause is a random part of it
@@ -85,6 +85,8 @@ class Guard(Generic[B]):
                         first = await until_first_token(events, self._stopwatch())
                         tries.succeeded(backend)
                         is_begun = True
+                        if tries.is_retry:
+                            yield Abandoned()
                         for event in first:
                             yield event
                         async for event in events:
@@ -178,6 +180,10 @@ class _Tries(Generic[B]):
         self._guard = guard
         self._until_s = until_s
         self._tried: list[Backend[B]] = []
+
+    @property
+    def is_retry(self) -> bool:
+        return len(self._tried) > 1
 
     @property
     def left_s(self) -> float:

@@ -92,6 +92,7 @@ class Generation:
     grammar: Grammar | ToolCalls | None = None
     adapter: str = ""  # answers through it; empty: the model itself
     priority: int = 0  # higher runs first
+    usage_id: str = ""  # what it is accounted under; several calls may share one
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,12 @@ class Done:
     usage: Usage
 
 
-GenerationEvent = Started | Delta | Finished | Done
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """A call was given up before its first token and another takes its place: what that one used is not in Done."""
+
+
+GenerationEvent = Started | Delta | Finished | Done | Abandoned
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,7 @@ class Serving:
                     first_error = first_error or error
                     if first_error.code not in _ANOTHER_MAY_ANSWER or ask.deadline.is_over or graph is chain[-1]:
                         raise first_error from None
+                    ask.account.left_a_call()
                     continue
                 ask.account.answer_headers[HEADER_MODEL] = graph.name
                 if graph is not asked:
@@ -145,7 +146,8 @@ async def _first_events(events: AsyncGenerator[GraphEvent], most_s: float | None
 
 def _events(ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
     # The generator puts the classes in the same order as admission did.
-    requests = [replace(request, priority=ask.priority) for request in ask.requests]
+    account, priority = ask.account, ask.priority
+    requests = [replace(request, priority=priority, usage_id=account.usage_id) for request in ask.requests]
     if len(requests) == 1:
         return graph.run(requests[0], ask.deadline)
     return merged([partial(graph.run, request, ask.deadline) for request in requests], requests[0].n)
