@@ -105,8 +105,6 @@ class StartRecords:
         purses = purses_of(ask.principal)
         bound = Bound.of(await self._sizes.exact(ask)) if purses else Bound()
         await self._openings.open(_opening(ask), bound, purses)
-        if ask.requests:
-            ask.account.asks_generator()
         yield
 
 
