@@ -165,7 +165,7 @@ SIGNALS = Dashboard(
                         ("sum by (backend) (pressroom_admission_running)", "{{backend}} sequences running"),
                         ("sum by (backend) (pressroom_admission_limit)", "{{backend}} limit"),
                     ],
-                    "What the gateway holds back, has let through, and lets through at most: it finds that out by itself.",
+                    "What the gateway holds back, has let through, and lets through at most (found out by itself).",
                 ),
                 Panel(
                     "Wait for a turn",
