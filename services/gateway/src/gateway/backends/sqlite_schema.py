@@ -246,5 +246,41 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (model, effective_unix_ms)
         ) STRICT, WITHOUT ROWID
         """,
+        # Keys and tenants: what a key is called, until when it holds, and its former secret while a rotation overlaps.
+        "ALTER TABLE keys ADD COLUMN name TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE keys ADD COLUMN metadata_json TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE keys ADD COLUMN expires_unix_s INTEGER",
+        "ALTER TABLE keys ADD COLUMN former_hmac BLOB",
+        "ALTER TABLE keys ADD COLUMN former_until_unix_s INTEGER",
+        "ALTER TABLE tenants ADD COLUMN disabled_unix_s INTEGER",
+        # The audit log, see core.audit. It is only ever appended to; REPLACE fires no trigger of DELETE, so an INSERT
+        # is held to the next number.
+        """
+        CREATE TABLE audit (
+            sequence INTEGER PRIMARY KEY,
+            at_unix_ms INTEGER NOT NULL,
+            actor TEXT NOT NULL,
+            action TEXT NOT NULL,
+            subject TEXT NOT NULL,
+            details_json TEXT NOT NULL,
+            previous_hash TEXT NOT NULL,
+            hash TEXT NOT NULL
+        ) STRICT
+        """,
+        """
+        CREATE TRIGGER audit_is_in_order BEFORE INSERT ON audit
+        WHEN NEW.sequence IS NOT (SELECT coalesce(max(sequence), 0) + 1 FROM audit)
+        BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END
+        """,
+        """
+        CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit
+        BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END
+        """,
+        """
+        CREATE TRIGGER audit_is_not_cut BEFORE DELETE ON audit
+        BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END
+        """,
+        # The limits that hold for all tenants together.
+        "CREATE TABLE platform_limits (id INTEGER PRIMARY KEY CHECK (id = 1), limits_json TEXT NOT NULL) STRICT",
     ),
 )

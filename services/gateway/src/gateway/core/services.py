@@ -260,6 +260,10 @@ class Embedder(Protocol):
         """Embeds texts or token lists; OUT_OF_RANGE with the numbers where one is too long and truncate is False."""
         ...
 
+    async def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float) -> Sequence[int]:
+        """Counts the tokens of each text, special ones included."""
+        ...
+
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:
         """What is served."""
         ...

@@ -22,9 +22,12 @@ HEADER_MODEL = "x-pressroom-model"  # which model answered
 _ANOTHER_MAY_ANSWER = (Code.UNAVAILABLE, Code.OVERLOADED, Code.DEADLINE_EXCEEDED)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ask:
-    """One request to a model: who asks what, until when. It has requests for a graph, or inputs for an encoder."""
+    """One request to a model: who asks what, until when. It has requests for a graph, or inputs for an encoder.
+
+    A stage may narrow the requests: where a limit has fewer tokens left than the answer could have.
+    """
 
     principal: Principal
     account: Account
@@ -73,12 +76,24 @@ class Serving:
         self._on_fallback = on_fallback
 
     async def graph(self, principal: Principal, name: str) -> Graph:
-        """What answers under that name for the sender; raises NOT_FOUND."""
+        """What answers under that name for the sender; raises PERMISSION_DENIED and NOT_FOUND."""
+        self.permit(principal, name)
         return await self._catalog.graph(name, principal.tenant)
+
+    @staticmethod
+    def permit(principal: Principal, model: str) -> None:
+        """Raises PERMISSION_DENIED where key or tenant do not allow the model, whether it exists or not."""
+        if not principal.may_ask(model):
+            raise PlatformError(
+                Code.PERMISSION_DENIED,
+                f"this key may not use the model {model[:200]!r}; GET /v1/models lists those that it may",
+                param="model",
+                reason="model_not_allowed",
+            )
 
     @asynccontextmanager
     async def hold(self, ask: Ask) -> AsyncIterator[None]:
-        """Holds every stage; raises what a stage raises. For what is no graph: the encoders."""
+        """Holds every stage; raises what a stage raises, and PERMISSION_DENIED. For what is no graph: the encoders."""
         async with self._held(ask), self._admission.hold(ask):
             yield
 
@@ -91,6 +106,7 @@ class Serving:
 
     @asynccontextmanager
     async def _held(self, ask: Ask) -> AsyncIterator[None]:
+        self.permit(ask.principal, ask.model)
         async with AsyncExitStack() as held:
             for stage in self._stages:
                 await held.enter_async_context(stage.hold(ask))
