@@ -13,6 +13,7 @@ from contracts.subjects import STREAMS
 from gateway.api.http import Limits, make_app
 from gateway.backends.embedder import GrpcEmbedder
 from gateway.backends.generator import GrpcGenerator
+from gateway.backends.generator_usage import GeneratorUsage
 from gateway.backends.graph_files import Declaration, Services, assemble, read_graphs
 from gateway.backends.oidc import OidcVerifier, PublicKeySet, Trust, public_keys, reads_file, reads_url
 from gateway.backends.retriever import GrpcRetriever
@@ -51,8 +52,11 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
 
 
 def _open_peers(app: App, settings: GatewaySettings) -> Peers:
+    usages = GeneratorUsage(settings.generator_addr)
+    app.on_close(usages.close)
     return Peers(
         generator=GrpcGenerator(_open_channel(app, settings.generator_addr)),
+        usages=usages,
         embedder=GrpcEmbedder(_open_channel(app, settings.embedder_addr)),
         retriever=_open_channel(app, settings.retriever_addr),
         trainer=_open_channel(app, settings.trainer_addr),
@@ -84,6 +88,7 @@ async def _open_state(
         max_upload_bytes=settings.max_upload_bytes,
         max_tenant_upload_bytes=settings.max_tenant_upload_bytes,
         request_timeout_s=settings.request_timeout_s,
+        local_limit_share=settings.local_limit_share,
         bus=bus,
         graphs=graphs,
         peers=peers,

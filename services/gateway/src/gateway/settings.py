@@ -23,6 +23,12 @@ class GatewaySettings(ServiceSettings):
     trainer_addr: str = Field(pattern=_ADDRESS, description="host:port of the trainer's gRPC server.")
     evaluator_addr: str = Field(pattern=_ADDRESS, description="host:port of the evaluator's gRPC server.")
     valkey_url: SecretStr = Field(description="redis:// URL of the rate-limit counters, with the password in it.")
+    local_limit_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Part of each limit that this process lets through while Valkey is away: 1 over the replicas.",
+    )
     data_dir: Path = Field(description="Folder of the database and of uploaded files.")
     key_pepper: SecretStr = Field(min_length=16, description="Secret that access keys are hashed with.")
     bootstrap_api_key: SecretStr | None = Field(

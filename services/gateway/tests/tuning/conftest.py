@@ -22,9 +22,9 @@ from gateway.api.consumers import JobConsumer
 from gateway.api.http import Limits, make_app
 from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
-from gateway.api.middleware_account import Recorder
 from gateway.api.openai_files import files_router
 from gateway.api.openai_finetuning import finetuning_router
+from gateway.api.settlement import Recorder
 from gateway.backends import events
 from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles

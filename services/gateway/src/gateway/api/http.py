@@ -10,11 +10,12 @@ from starlette.types import ASGIApp
 from gateway.api import errors
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, Permission, RateLimit
-from gateway.api.middleware_account import Accounting, Recorder
+from gateway.api.middleware_account import Accounting
 from gateway.api.openai_chat import chat_router
 from gateway.api.openai_completions import completions_router
 from gateway.api.openai_embeddings import embeddings_router
 from gateway.api.openai_models import models_router
+from gateway.api.settlement import Recorder
 from gateway.core.catalog import Catalog
 from gateway.core.ports import Keys, RequestLimiter
 from gateway.core.services import Embedder

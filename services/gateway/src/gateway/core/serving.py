@@ -6,7 +6,7 @@ nor gRPC, and nothing of what the stages do.
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -18,9 +18,12 @@ from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
 from gateway.core.ports import Principal
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ask:
-    """One request to a model: who asks what, until when. It has requests for a graph, or inputs for an encoder."""
+    """One request to a model: who asks what, until when. It has requests for a graph, or inputs for an encoder.
+
+    A stage may narrow the requests: where a limit has fewer tokens left than the answer could have.
+    """
 
     principal: Principal
     account: Account
@@ -79,7 +82,7 @@ class Serving:
 
 
 def _events(ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
-    requests = ask.requests
+    requests = [replace(request, usage_id=ask.account.usage_id) for request in ask.requests]
     if len(requests) == 1:
         return graph.run(requests[0], ask.deadline)
     return merged([partial(graph.run, request, ask.deadline) for request in requests], requests[0].n)
