@@ -125,6 +125,7 @@ async def test_rows_that_were_cut_off_are_found_with_an_anchor_only(copy, writte
 async def test_a_chain_that_was_written_anew_is_found_with_an_anchor_only(copy, written):
     connection, path = copy
     rows = connection.execute("SELECT at_unix_ms, actor, action, subject FROM audit ORDER BY sequence").fetchall()
+    connection.execute("BEGIN")
     connection.execute("DELETE FROM audit")
     last = START
     for at_unix_ms, actor, action, subject in rows:
@@ -132,6 +133,7 @@ async def test_a_chain_that_was_written_anew_is_found_with_an_anchor_only(copy, 
         values = (row.sequence, row.at_unix_ms, row.actor, row.action, row.subject, row.details_json, row.previous_hash)
         connection.execute("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*values, row.hash))
         last = row.anchor
+    connection.execute("COMMIT")
     assert (await verified(path)).broken_at is None
     chain = await verified(path, written[1])
     assert chain.broken_at == NUM_ROWS and "anew" in chain.problem

@@ -3,49 +3,53 @@
 import pytest
 from fastapi import FastAPI
 
-from chassis import rpc
+from gateway import main
 from gateway.api import scopes
-from gateway.api.http import Limits, make_app
 from gateway.api.middleware_access import is_protected
 from gateway.core.policy import Policy
 from gateway.core.ports import Principal
-from gateway.state import Peers, open_state
+from gateway.settings import GatewaySettings
 
 
-async def every_path(tmp_path):
-    """Opens the state that production has (nothing of what it calls is there) and lists the application's paths."""
-    async with rpc.connect("127.0.0.1:1") as nobody:
-        return await _every_path(tmp_path, Peers(None, None, nobody, nobody, nobody, nobody))
+class FakeApp:
+    """Takes what main composes, and runs nothing of it."""
+
+    def __init__(self):
+        self.http, self.closers = None, []
+
+    def mount_http(self, app):
+        self.http = app
+
+    def add_grpc(self, *_):
+        pass
+
+    def spawn(self, _, coroutine):
+        coroutine.close()
+
+    def on_close(self, close):
+        self.closers.append(close)
 
 
-async def _every_path(tmp_path, peers):
-    state = await open_state(
-        data_dir=tmp_path,
-        key_pepper="pepper",
+async def every_path(data_dir):
+    """Composes what production runs (nothing of what it calls is there) and lists the application's paths."""
+    peers = ("embedder", "retriever", "generator", "monitor", "trainer", "evaluator")
+    settings = GatewaySettings(
+        grpc_port=1,
+        http_port=1,
+        nats_url="nats://127.0.0.1:1",
         valkey_url="redis://127.0.0.1:1/0",
-        bootstrap_api_key=None,
-        bootstrap_admin_key=None,
-        max_upload_bytes=1,
-        max_tenant_upload_bytes=1,
-        request_timeout_s=1.0,
-        bus=None,
-        graphs={},
-        peers=peers,
+        data_dir=data_dir,
+        key_pepper="p" * 16,
+        **{f"{name}_addr": "127.0.0.1:1" for name in peers},
     )
-    app = make_app(
-        catalog=state.catalog,
-        serving=state.serving,
-        embedder=None,
-        keys=state.keys,
-        limiter=state.limiter,
-        recorder=state.recorder,
-        limits=Limits(1.0, 1, 1),
-        routers=state.routers,
-    )
-    await state.close()
-    while not isinstance(app, FastAPI):
-        app = app._app
-    return sorted(app.openapi()["paths"])
+    app = FakeApp()
+    await main.compose(app, settings, main.read_graphs(settings.graphs_dir))
+    for close in reversed(app.closers):
+        await close()
+    routes = app.http
+    while not isinstance(routes, FastAPI):
+        routes = routes._app
+    return sorted(routes.openapi()["paths"])
 
 
 async def test_every_protected_route_is_in_the_table(tmp_path):
