@@ -20,8 +20,8 @@ class FakeApp:
     def mount_http(self, app):
         self.http = app
 
-    def add_grpc(self, *_):
-        pass
+    def __getattr__(self, _):
+        return lambda *_: None  # whatever else it is told
 
     def spawn(self, _, coroutine):
         coroutine.close()
