@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from chassis.errors import Code, PlatformError
 from chassis.telemetry import tracer
 from gateway.api.http import Limits, make_app
-from gateway.api.middleware_account import Recorder
+from gateway.api.settlement import Recorder
 from gateway.backends.graph_files import Services, assemble, read_graphs
 from gateway.core.catalog import Catalog
 from gateway.core.finetuning import TunedModel
@@ -22,6 +22,7 @@ from gateway.core.limiting import Limiting, PlatformLimits
 from gateway.core.limits import LocalLimiter
 from gateway.core.policy import Limit
 from gateway.core.ports import LimitState, Principal, RequestRecord
+from gateway.core.prompts import PromptCounter
 from gateway.core.services import (
     Chat,
     Delta,
@@ -40,7 +41,7 @@ from gateway.core.services import (
     Usage,
 )
 from gateway.core.serving import Serving
-from gateway.core.sizing import Sizes
+from gateway.core.token_bounds import TokenBounds
 from testkit import free_port
 
 GRAPHS_DIR = Path(__file__).parents[2] / "src" / "gateway" / "graphs"
@@ -311,7 +312,9 @@ def world() -> World:
     graphs = assemble(read_graphs(GRAPHS_DIR), services)
     catalog = Catalog(graphs, generator, embedder, tuned)
     keys, limiter, platform_limits = FakeKeys(), LocalLimiter(), PlatformLimits(FakeLimitStore())
-    limiting = Limiting(limiter, Sizes(graphs, generator, embedder), platform_limits, lambda meter: None)
+    limiting = Limiting(
+        limiter, TokenBounds(PromptCounter(catalog, generator), embedder), platform_limits, lambda meter: None
+    )
     app = make_app(
         catalog=catalog,
         serving=Serving(catalog, stages=(limiting,)),
