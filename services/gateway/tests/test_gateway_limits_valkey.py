@@ -12,6 +12,7 @@ from gateway.backends.valkey_limits import ValkeyLimiter
 from gateway.core.limits import LocalLimiter
 from gateway.core.meters import Meter, Scope
 from gateway.core.policy import Algorithm, Counted, Limit
+from testkit import free_port
 from testkit.servers import ValkeyServer, running, valkey_server
 from testkit.waiting import eventually
 
@@ -229,7 +230,7 @@ class ClusteredValkey(ValkeyServer):
     def _argv(self):
         argv = super()._argv()
         with open(argv[1], "a") as config:
-            config.write(f"cluster-enabled yes\ncluster-port {self.port + 10_000 if self.port < 55_000 else 0}\n")
+            config.write(f"cluster-enabled yes\ncluster-port {free_port()}\n")
         return argv
 
 

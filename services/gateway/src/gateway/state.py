@@ -65,8 +65,9 @@ from gateway.core.finetuning import Finetuning
 from gateway.core.graph import Sequenced
 from gateway.core.keys import KeyRing
 from gateway.core.ledger import FinalUsages, StartRecords, recover
-from gateway.core.limiting import Limiting, PlatformLimits
+from gateway.core.limiting import Limiting
 from gateway.core.limits import LocalLimiter
+from gateway.core.platform_limits import PlatformLimits
 from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.prompts import PromptCounter
 from gateway.core.services import Embedder, Generator

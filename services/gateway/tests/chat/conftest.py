@@ -16,10 +16,12 @@ from chassis.telemetry import tracer
 from gateway.api.http import Limits, make_app
 from gateway.api.settlement import Recorder
 from gateway.backends.graph_files import Services, assemble, read_graphs
+from gateway.core.audit import Change
 from gateway.core.catalog import Catalog
 from gateway.core.finetuning import TunedModel
-from gateway.core.limiting import Limiting, PlatformLimits
+from gateway.core.limiting import Limiting
 from gateway.core.limits import LocalLimiter
+from gateway.core.platform_limits import PlatformLimits
 from gateway.core.policy import Limit
 from gateway.core.ports import LimitState, Principal, RequestRecord
 from gateway.core.prompts import PromptCounter
@@ -254,7 +256,7 @@ class FakeLimitStore:
     async def limits(self) -> tuple[Limit, ...]:
         return self.kept
 
-    async def set_limits(self, limits: Sequence[Limit]) -> None:
+    async def set_limits(self, limits: Sequence[Limit], change: Change) -> None:
         self.kept = tuple(limits)
 
 

@@ -9,7 +9,7 @@ from pydantic import ConfigDict, Field
 from gateway.api.admin_policies import LimitBody, policy_shape
 from gateway.api.identity import require_admin
 from gateway.api.json_body import Body, read_json
-from gateway.core.limiting import PlatformLimits
+from gateway.core.platform_limits import PlatformLimits
 from gateway.core.policy import Limit, Policy
 
 
@@ -34,9 +34,9 @@ def limits_router(platform: PlatformLimits) -> APIRouter:
     @router.put("/admin/limits")
     async def put_limits(request: Request) -> dict[str, Any]:
         """Makes the limits exactly what the body says: here at once, in other gateways within a second."""
-        require_admin(request)
+        sender = require_admin(request)
         body = await read_json(request, LimitsBody)
-        await platform.replace([one.limit() for one in body.limits])
+        await platform.replace(sender.key_id, [one.limit() for one in body.limits])
         return _shape(platform.limits)
 
     return router
