@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable
 
-from chassis.errors import PlatformError
+from chassis.errors import Code, PlatformError
 from gateway.core.catalog import Catalog
 from gateway.core.services import Generator, Prompt
 from gateway.core.serving import Ask
 
 _CONTEXT_TTL_S = 60.0
-_AWAY_TTL_S = 5.0  # where the generator could not be asked; what was known before holds on
+_AWAY_TTL_S = 1.0  # where the generator could not be asked; what was known before holds on
 
 
 class PromptCounter:
@@ -19,7 +19,9 @@ class PromptCounter:
         self._catalog = catalog
         self._generator = generator
         self._clock = clock
-        self._contexts: dict[str, tuple[float, int]] = {}  # of a model: until when that is believed, and its length
+        self._contexts: dict[
+            str, tuple[float, int | None]
+        ] = {}  # of a model: until when that is believed, and its length
 
     async def count(self, ask: Ask) -> tuple[int, ...]:
         """The tokens of each prompt as the client wrote it; raises PlatformError where they cannot be counted."""
@@ -31,18 +33,18 @@ class PromptCounter:
     async def context_length(self, ask: Ask) -> int:
         """The context of the model that answers; raises PlatformError where nobody knows it."""
         model, _ = await self.model_behind(ask)
-        until_s, length = self._contexts.get(model, (0.0, 0))
-        if until_s > self._clock():
-            return length
-        try:
-            size = await self._generator.tokenize(model, "?", timeout_s=ask.deadline.remaining_s())
-        except PlatformError:
-            if not length:
-                raise
-            self._contexts[model] = (self._clock() + _AWAY_TTL_S, length)
-            return length
-        self._contexts[model] = (self._clock() + _CONTEXT_TTL_S, size.context_length)
-        return size.context_length
+        until_s, length = self._contexts.get(model, (0.0, None))
+        if until_s <= self._clock():
+            ttl_s = _CONTEXT_TTL_S
+            try:
+                size = await self._generator.tokenize(model, "?", timeout_s=ask.deadline.remaining_s())
+                length = size.context_length
+            except PlatformError:
+                ttl_s = _AWAY_TTL_S
+            self._contexts[model] = (self._clock() + ttl_s, length)
+        if length is None:
+            raise PlatformError(Code.UNAVAILABLE, f"nobody tells the context of the model {model!r}", retry_after_s=1.0)
+        return length
 
     async def model_behind(self, ask: Ask) -> tuple[str, bool]:
         """The generator's model, and whether it reads the prompt as it is; raises NOT_FOUND."""
