@@ -5,7 +5,7 @@ main.py calls open_state once and adds what comes back to the app; it knows noth
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from gateway.backends import events
 from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
 from gateway.backends.evaluator_tasks import EvaluatorTasks
-from gateway.backends.gateway_metrics import count_refusal
+from gateway.backends.gateway_metrics import count_fallback, count_refusal
 from gateway.backends.monitor_profiles import MonitorProfiles
 from gateway.backends.oidc import OidcVerifier
 from gateway.backends.retriever_documents import RetrieverDocuments
@@ -69,11 +69,9 @@ from gateway.core.limiting import Limiting
 from gateway.core.limits import LocalLimiter
 from gateway.core.platform_limits import PlatformLimits
 from gateway.core.ports import Keys, Ledger, RequestLimiter
-from gateway.core.prompts import PromptCounter
 from gateway.core.services import Embedder, Generator
-from gateway.core.serving import Serving
-from gateway.core.sizes import RequestSizes
-from gateway.core.token_bounds import TokenBounds
+from gateway.core.serving import NoStage, Serving, Stage
+from gateway.core.sizing import Sizes
 from gateway.core.tokens import Credentials, Tokens
 from gateway.core.uploads import Uploads
 
@@ -91,6 +89,7 @@ class Peers:
     trainer: grpc.aio.Channel
     evaluator: grpc.aio.Channel
     monitor: grpc.aio.Channel
+    admission: Stage = field(default_factory=NoStage)  # leads requests to generator and embedder
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,10 +156,14 @@ async def open_state(
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
     platform_limits = PlatformLimits(SqliteLimits(database))
     await platform_limits.refresh()
-    prompts = PromptCounter(catalog, peers.generator)
-    limiting = Limiting(limiter, TokenBounds(prompts, peers.embedder), platform_limits, count_refusal)
-    start_records = StartRecords(ledger, RequestSizes(prompts))
-    serving = Serving(catalog, stages=(limiting, start_records))
+    sizes = Sizes(graphs, peers.generator, peers.embedder)
+    limiting = Limiting(limiter, sizes, platform_limits, count_refusal)
+    serving = Serving(
+        catalog,
+        stages=(limiting, StartRecords(ledger, sizes)),
+        admission=peers.admission,
+        on_fallback=count_fallback,
+    )
     finetuning = Finetuning(finetunes, kept, TrainerRuns(peers.trainer), events.train_job)
     evaluations = Evaluations(
         SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job
@@ -218,10 +221,10 @@ async def open_state(
             ("job-progress", job_consumer.consume_progress),
             ("dead-jobs", job_consumer.consume_dead_jobs),
             ("revoked-keys", RevocationListener(bus, keys).listen),
-            ("limiter", limiter.run),
-            ("platform-limits", platform_limits.run),
             ("left-requests", partial(recover, ledger, ledger, peers.usages)),
             *((("token-keys", oidc.run),) if oidc else ()),
+            ("limiter", limiter.run),
+            ("platform-limits", platform_limits.run),
         ),
         close=close,
     )

@@ -178,8 +178,6 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # What they may do and how much, as core.policy writes it.
         "ALTER TABLE keys ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
         "ALTER TABLE tenants ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
-        # The limits that hold for all tenants together.
-        "CREATE TABLE platform_limits (id INTEGER PRIMARY KEY CHECK (id = 1), limits_json TEXT NOT NULL) STRICT",
         # The ledger: what is under way and what it may cost, what everything cost, and what it will.
         """
         CREATE TABLE open_usage (
@@ -222,6 +220,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (day, tenant, key_id, model)
         ) STRICT, WITHOUT ROWID
         """,
+        "CREATE INDEX usage_days_of_tenant ON usage_days (tenant, day)",
+        "CREATE INDEX usage_days_of_key ON usage_days (key_id, day)",
         """
         INSERT INTO usage_days
         SELECT started_unix_ms / 86400000, tenant, key_id, model, count(*), sum(error_code <> ''), sum(prompt_tokens),
@@ -282,5 +282,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         CREATE TRIGGER audit_is_not_cut BEFORE DELETE ON audit
         BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END
         """,
+        # The limits that hold for all tenants together.
+        "CREATE TABLE platform_limits (id INTEGER PRIMARY KEY CHECK (id = 1), limits_json TEXT NOT NULL) STRICT",
     ),
 )
