@@ -69,10 +69,9 @@ from gateway.core.limiting import Limiting
 from gateway.core.limits import LocalLimiter
 from gateway.core.platform_limits import PlatformLimits
 from gateway.core.ports import Keys, Ledger, RequestLimiter
-from gateway.core.prompts import PromptCounter
 from gateway.core.services import Embedder, Generator
 from gateway.core.serving import NoStage, Serving, Stage
-from gateway.core.token_bounds import TokenBounds
+from gateway.core.sizing import Sizes
 from gateway.core.tokens import Credentials, Tokens
 from gateway.core.uploads import Uploads
 
@@ -157,10 +156,11 @@ async def open_state(
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
     platform_limits = PlatformLimits(SqliteLimits(database))
     await platform_limits.refresh()
-    bounds = TokenBounds(PromptCounter(catalog, peers.generator), peers.embedder)
+    sizes = Sizes(graphs, peers.generator, peers.embedder)
+    limiting = Limiting(limiter, sizes, platform_limits, count_refusal)
     serving = Serving(
         catalog,
-        stages=(Limiting(limiter, bounds, platform_limits, count_refusal), StartRecords(ledger, bounds)),
+        stages=(limiting, StartRecords(ledger, sizes)),
         admission=peers.admission,
         on_fallback=count_fallback,
     )
@@ -221,10 +221,10 @@ async def open_state(
             ("job-progress", job_consumer.consume_progress),
             ("dead-jobs", job_consumer.consume_dead_jobs),
             ("revoked-keys", RevocationListener(bus, keys).listen),
-            ("limiter", limiter.run),
-            ("platform-limits", platform_limits.run),
             ("left-requests", partial(recover, ledger, ledger, peers.usages)),
             *((("token-keys", oidc.run),) if oidc else ()),
+            ("limiter", limiter.run),
+            ("platform-limits", platform_limits.run),
         ),
         close=close,
     )

@@ -24,7 +24,6 @@ from gateway.core.limits import LocalLimiter
 from gateway.core.platform_limits import PlatformLimits
 from gateway.core.policy import Limit
 from gateway.core.ports import LimitState, Principal, RequestRecord
-from gateway.core.prompts import PromptCounter
 from gateway.core.services import (
     Chat,
     Delta,
@@ -43,7 +42,7 @@ from gateway.core.services import (
     Usage,
 )
 from gateway.core.serving import NoStage, Serving, Stage
-from gateway.core.token_bounds import TokenBounds
+from gateway.core.sizing import Sizes
 from testkit import free_port
 
 GRAPHS_DIR = Path(__file__).parents[2] / "src" / "gateway" / "graphs"
@@ -337,9 +336,7 @@ def world(keys: FakeKeys, graphs_dir: Path, admission: Stage) -> World:
     graphs = assemble(read_graphs(graphs_dir), services)
     catalog = Catalog(graphs, generator, embedder, tuned)
     limiter, platform_limits = LocalLimiter(), PlatformLimits(FakeLimitStore())
-    limiting = Limiting(
-        limiter, TokenBounds(PromptCounter(catalog, generator), embedder), platform_limits, lambda meter: None
-    )
+    limiting = Limiting(limiter, Sizes(graphs, generator, embedder), platform_limits, lambda meter: None)
     app = make_app(
         catalog=catalog,
         serving=Serving(catalog, stages=(limiting,), admission=admission),

@@ -132,11 +132,13 @@ class ValkeyLimiter:
         while True:
             if renew_at_s <= time.monotonic():
                 renew_at_s = time.monotonic() + self._lease_s / 3
-                await self._try(self._renew_live)
+                if self._live:
+                    await self._try(self._renew_live)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, renew_at_s - time.monotonic())):
                     await self._wakes.wait()
             self._wakes.clear()
+            self._forget_late()
             if self._unsettled and not await self._try(self._settle_some):
                 await asyncio.sleep(self._timeout_s)
             if self._unsettled:
@@ -184,11 +186,13 @@ class ValkeyLimiter:
             UNSETTLED.inc()
         self._wakes.set()
 
-    async def _settle_some(self) -> None:
-        """Sends a batch in one round trip. What was sent stays until it is known to have arrived: twice is harmless."""
+    def _forget_late(self) -> None:
         while self._unsettled and self._unsettled[0].until_s < time.monotonic():
             self._unsettled.popleft()  # its lease is over: Valkey has counted it in full
             UNSETTLED.inc()
+
+    async def _settle_some(self) -> None:
+        """Sends a batch in one round trip. What was sent stays until it is known to have arrived: twice is harmless."""
         batch = list(itertools.islice(self._unsettled, _SETTLED_AT_ONCE))
         pipe = self._client.pipeline(transaction=False)
         for one in batch:
