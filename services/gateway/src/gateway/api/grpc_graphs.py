@@ -98,7 +98,7 @@ class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
             # Not the latencies: a job's answers wait behind people's, and would hide theirs.
             measure_tokens(account)
             await self._recorder.write(account.record(status))
-        usage = account.usage
+        usage = account.told_usage
         return gateway_pb2.AnswerResponse(
             text="".join(answer.text),
             finish_reason=answer.finish_reason,

@@ -3,10 +3,12 @@
 import asyncio
 import logging
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chassis import metrics, telemetry
 from chassis.errors import Code, PlatformError, http_status
+from gateway.api.cache_headers import wish_of
 from gateway.api.errors import error_code
 from gateway.api.middleware import CLIENT_LEFT
 from gateway.core.account import Account
@@ -84,6 +86,7 @@ class Accounting:
             await send(message)
 
         try:
+            account.cache_wish = wish_of(Headers(scope=scope), account.principal)
             await self._app(scope, receive, watched)
         except PlatformError as error:
             state["error"] = error

@@ -205,7 +205,13 @@ def _assembled(graph: Declaration, services: Services) -> Sequenced:
     assert isinstance(last, _GenerateNode)  # check_sequence saw to it
     steps = [_step(node, services) for node in before]
     return Sequenced(
-        graph.name, graph.description, steps, _answer(last, services.generator), services.span, last.params.model
+        graph.name,
+        graph.description,
+        steps,
+        _answer(last, services.generator),
+        services.span,
+        last.params.model,
+        graph.model_dump_json(exclude={"description"}),
     )
 
 

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from chassis.errors import Code, PlatformError
 from gateway.core.graph import GraphEvent, Grounding
@@ -10,6 +11,24 @@ from gateway.core.ports import Principal, RequestRecord
 from gateway.core.services import Delta, Done, Finished, Started, Usage
 
 MAX_KEPT_TEXT_CHARS = 32_768  # of prompt and of completion each, for the tenants that allow text
+
+
+class Wish(StrEnum):
+    """What a request says of repeats; see core.repeats."""
+
+    UNSAID = ""  # the policies of key and tenant decide on the cache; concurrent repeats share a run
+    ON = "on"  # from the cache and into it, whatever the policies, even where chance makes the answer
+    REFRESH = "refresh"  # run anew, and keep the answer
+    OFF = "off"  # a run of its own, nothing is kept
+
+
+class Repeat(StrEnum):
+    """How a request was answered without a run of its own."""
+
+    NO = ""
+    HIT = "hit"  # from the cache
+    SHARED = "shared"  # from the run of another request
+    REPLAYED = "replayed"  # by its Idempotency-Key
 
 
 @dataclass(slots=True)
@@ -25,6 +44,8 @@ class Account:
     model: str = ""
     stream: bool = False
     grounded: bool | None = None
+    cache_wish: Wish = Wish.UNSAID
+    repeat: Repeat = Repeat.NO
     answer_headers: dict[str, str] = field(default_factory=dict)  # what is to be said beside the answer, over HTTP
     prompt_text: str = field(default="", repr=False)
     finish_reason: str = ""
@@ -36,6 +57,7 @@ class Account:
     _prompt_tokens: int = 0
     _num_streamed: int = 0
     _usage: Usage | None = None
+    _repeated: Usage = field(default_factory=Usage)
     _completion: list[str] = field(default_factory=list, repr=False)
     _completion_chars: int = 0
 
@@ -63,6 +85,21 @@ class Account:
             case Finished():
                 self.finish_reason = event.reason
 
+    def take_repeated(self, event: GraphEvent) -> GraphEvent:
+        """The same for an event of a run that is not this request's own; returns it as this request is to see it.
+
+        Nothing of it is used, so the usage stays as it is: what the client is told says that it was cached.
+        """
+        match event:
+            case Delta():
+                self.produced(0, event.text)
+            case Done():
+                self._repeated = replace(event.usage, cached_tokens=event.usage.prompt_tokens)
+                return Done(self._repeated)
+            case Finished():
+                self.finish_reason = event.reason
+        return event
+
     def prompt_known(self, num_tokens: int) -> None:
         """The prompt was admitted with so many tokens."""
         self._prompt_tokens += num_tokens
@@ -86,8 +123,13 @@ class Account:
 
     @property
     def usage(self) -> Usage:
-        """The exact usage; before the end, what has been counted so far."""
+        """What was used, exactly; before the end, what has been counted so far. Nothing for a repeat."""
         return self._usage or Usage(self._prompt_tokens, self._num_streamed)
+
+    @property
+    def told_usage(self) -> Usage:
+        """What the client is told: the usage, or a repeat's that was another's and is marked as cached."""
+        return self._repeated if self.repeat else self.usage
 
     @property
     def ttft_s(self) -> float:
@@ -125,6 +167,9 @@ class Account:
             tpot_s=self.tpot_s,
             grounded=self.grounded,
             error_code=self.error_code,
+            repeat=self.repeat,
+            repeated_prompt_tokens=self._repeated.prompt_tokens,
+            repeated_completion_tokens=self._repeated.completion_tokens,
             prompt_text=self.prompt_text[:MAX_KEPT_TEXT_CHARS] if allows_text else "",
             completion_text="".join(self._completion)[:MAX_KEPT_TEXT_CHARS] if allows_text else "",
         )

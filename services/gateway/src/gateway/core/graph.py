@@ -141,6 +141,11 @@ class Graph(Protocol):
         """As requests name it."""
         ...
 
+    @property
+    def identity(self) -> str | None:
+        """What its answers depend on beside the request and the model's version; None where that changes silently."""
+        ...
+
     def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Streams the answer; the caller closes it (contextlib.aclosing) in the task that iterates it."""
         ...
@@ -153,7 +158,14 @@ class Sequenced:
     """A graph whose nodes run one after the other."""
 
     def __init__(
-        self, name: str, description: str, steps: Sequence[Step], answer: Answer, span: SpanFactory, model: str
+        self,
+        name: str,
+        description: str,
+        steps: Sequence[Step],
+        answer: Answer,
+        span: SpanFactory,
+        model: str,
+        declared: str = "",
     ) -> None:
         self.name = name
         self.description = description
@@ -161,6 +173,12 @@ class Sequenced:
         self._steps = tuple(steps)
         self._answer = answer
         self._span = span
+        self._declared = declared  # the whole declaration
+
+    @property
+    def identity(self) -> str | None:
+        """Its declaration; None with steps, which read documents that come and go."""
+        return None if self._steps else f"{self.name} {self._declared}"
 
     @property
     def is_plain(self) -> bool:

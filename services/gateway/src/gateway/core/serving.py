@@ -4,7 +4,7 @@ So that permission, limits, money and a place in the queue are judged once and f
 nor gRPC, and nothing of what the stages do.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from gateway.core.catalog import Catalog
 from gateway.core.fanout import merged
 from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
 from gateway.core.ports import Principal
+from gateway.core.repeats import Repeats
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,12 @@ class Stage(Protocol):
 
 
 class Serving:
-    """Leads requests through the stages, in their order, to the model."""
+    """Leads requests through the stages, in their order, to the model; repeated ones past both."""
 
-    def __init__(self, catalog: Catalog, stages: Sequence[Stage] = ()) -> None:
+    def __init__(self, catalog: Catalog, stages: Sequence[Stage] = (), *, repeats: Repeats | None = None) -> None:
         self._catalog = catalog
         self._stages = tuple(stages)
+        self._repeats = repeats or Repeats(catalog)
 
     async def graph(self, principal: Principal, name: str) -> Graph:
         """What answers under that name for the sender; raises NOT_FOUND."""
@@ -58,7 +60,14 @@ class Serving:
 
     async def run(self, ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
         """Streams the graph's events and keeps the account; the caller closes it in the task that iterates it."""
+        fresh = partial(self._fresh, ask, graph)
+        async with aclosing(self._repeats.run(ask, graph, fresh)) as events:
+            async for event in events:
+                yield event
+
+    async def _fresh(self, ask: Ask, graph: Graph, admitted: Callable[[], None]) -> AsyncGenerator[GraphEvent]:
         async with self.hold(ask), aclosing(_events(ask, graph)) as events:
+            admitted()
             async for event in events:
                 ask.account.take(event)
                 yield event
