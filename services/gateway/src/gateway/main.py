@@ -83,6 +83,7 @@ async def _open_state(
         max_upload_bytes=settings.max_upload_bytes,
         max_tenant_upload_bytes=settings.max_tenant_upload_bytes,
         request_timeout_s=settings.request_timeout_s,
+        cache_ttl_s=settings.cache_ttl_s,
         bus=bus,
         graphs=graphs,
         peers=peers,

@@ -45,6 +45,7 @@ from gateway.backends.sqlite_outbox import SqliteOutbox
 from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.backends.sqlite_uploads import SqliteUploads
 from gateway.backends.trainer_runs import TrainerRuns
+from gateway.backends.valkey_cache import ValkeyCache
 from gateway.backends.valkey_limits import ValkeyLimiter
 from gateway.core.catalog import Catalog
 from gateway.core.documents import Library
@@ -53,6 +54,7 @@ from gateway.core.finetuning import Finetuning
 from gateway.core.graph import Sequenced
 from gateway.core.keys import KeyRing
 from gateway.core.ports import Keys, Ledger, RequestLimiter
+from gateway.core.repeats import Repeats
 from gateway.core.services import Embedder, Generator
 from gateway.core.serving import Serving
 from gateway.core.uploads import Uploads
@@ -104,6 +106,7 @@ async def open_state(
     max_upload_bytes: int,
     max_tenant_upload_bytes: int,
     request_timeout_s: float,
+    cache_ttl_s: float = 3600.0,
     bus: Bus,
     graphs: Mapping[str, Sequenced],
     peers: Peers,
@@ -130,7 +133,9 @@ async def open_state(
     keys = KeyRing(SqliteKeys(database), key_pepper.encode(), control)
     library = Library(files, documents, jobs, index, control, events.ingest_job)
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
-    serving = Serving(catalog)
+    cache = ValkeyCache.connect(valkey_url, ttl_s=cache_ttl_s)
+    repeats = Repeats(catalog, cache)
+    serving = Serving(catalog, repeats=repeats)
     finetuning = Finetuning(finetunes, kept, TrainerRuns(peers.trainer), events.train_job)
     evaluations = Evaluations(
         SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job
@@ -146,6 +151,8 @@ async def open_state(
 
     async def close() -> None:
         await recorder.close()
+        await repeats.close()
+        await cache.close()
         await limiter.close()
         await database.close()
 

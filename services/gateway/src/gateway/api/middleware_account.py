@@ -13,6 +13,7 @@ from gateway.api.errors import error_code
 from gateway.api.middleware import CLIENT_LEFT
 from gateway.core.account import Account
 from gateway.core.ports import Ledger, RequestRecord
+from gateway.core.repeats import HEADER
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,9 @@ def measure_latency(account: Account) -> None:
 
 
 def measure_tokens(account: Account) -> None:
-    """Counts what was used."""
+    """Counts what was used, and what was not because it was a repeat."""
+    if HEADER in account.answer_headers:
+        metrics.REPEATS.labels("gateway", account.answer_headers[HEADER]).inc()
     if not account.model:
         return
     usage = account.usage

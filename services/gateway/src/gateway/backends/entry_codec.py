@@ -28,12 +28,12 @@ def decoded(packed: bytes, *, max_bytes: int) -> Entry:
     try:
         text = unpacker.decompress(packed, max_bytes)
         if not unpacker.eof:
-            raise ValueError("the entry is cut short or too large")
+            raise ValueError("it is cut short or too large")
         form, version, events = json.loads(text)
         if form != _FORMAT:
-            raise ValueError("the entry is of another format")
+            raise ValueError("it is of another format")
         return Entry(version, tuple(_read(*event) for event in events))
-    except (zlib.error, TypeError, KeyError, IndexError) as error:
+    except (zlib.error, TypeError, ValueError) as error:
         raise ValueError(f"not an entry: {error}") from error
 
 
@@ -62,7 +62,7 @@ def _read(kind: str, *rest: Any) -> GraphEvent:
             return Finished(*rest)
         case "u":
             return Done(Usage(*rest))
-    raise ValueError("an event of an unknown kind")
+    raise ValueError("there is an event of an unknown kind")
 
 
 def _tokens(tokens: Sequence[TokenLogprob]) -> list[Any]:

@@ -60,8 +60,9 @@ def _insert_usage(connection: sqlite3.Connection, record: RequestRecord) -> None
     connection.execute(
         """
         INSERT INTO usage (request_id, trace_id, tenant, key_id, model, route, prompt_tokens, completion_tokens,
-            cached_tokens, finish_reason, http_status, stream, started_unix_ms, duration_s, ttft_s, error_code)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            cached_tokens, finish_reason, http_status, stream, started_unix_ms, duration_s, ttft_s, error_code,
+            repeat, repeated_prompt_tokens, repeated_completion_tokens)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
         """,
         (
             record.request_id,
@@ -80,6 +81,9 @@ def _insert_usage(connection: sqlite3.Connection, record: RequestRecord) -> None
             record.duration_s,
             record.ttft_s,
             record.error_code,
+            record.repeat,
+            record.repeated_prompt_tokens,
+            record.repeated_completion_tokens,
         ),
     )
     connection.execute(

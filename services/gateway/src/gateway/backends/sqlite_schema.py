@@ -178,5 +178,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # What they may do and how much, as core.policy writes it.
         "ALTER TABLE keys ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
         "ALTER TABLE tenants ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
+        # Repeats: answered from the cache, another's run or a stored answer; what they would have used else.
+        "ALTER TABLE usage ADD COLUMN repeat TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE usage ADD COLUMN repeated_prompt_tokens INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE usage ADD COLUMN repeated_completion_tokens INTEGER NOT NULL DEFAULT 0",
     ),
 )
