@@ -19,6 +19,7 @@ from gateway.backends.graph_files import Services, assemble, read_graphs
 from gateway.core.catalog import Catalog
 from gateway.core.finetuning import TunedModel
 from gateway.core.ports import LimitState, Principal, RequestRecord
+from gateway.core.repeats import Entry, Repeats
 from gateway.core.services import (
     Chat,
     Delta,
@@ -64,6 +65,7 @@ class FakeGenerator:
     error: Exception | None = None
     adapters: set[str] = field(default_factory=set)
     context_length: int = CONTEXT_LENGTH
+    version: str = "v1"
     script: str | None = None  # says this, three characters a token, and knows grammars
 
     async def generate(self, call: Generation, *, timeout_s: float) -> AsyncGenerator[GenerationEvent]:
@@ -92,7 +94,7 @@ class FakeGenerator:
             )
         complete = False
         try:
-            yield Started(len(prompt), "v1", self._prompt_logprobs(call, prompt))
+            yield Started(len(prompt), self.version, self._prompt_logprobs(call, prompt))
             for number in range(limit):
                 if self.fail_after == number and self.error is not None:
                     raise self.error
@@ -141,8 +143,8 @@ class FakeGenerator:
         if self.error is not None:
             raise self.error
         base = "smollm2-135m-instruct"
-        tuned = [ServedModel(adapter, 1_750_000_000, base) for adapter in sorted(self.adapters)]
-        return [ServedModel(base, 1_700_000_000, base), *tuned]
+        tuned = [ServedModel(adapter, 1_750_000_000, base, self.version) for adapter in sorted(self.adapters)]
+        return [ServedModel(base, 1_700_000_000, base, self.version), *tuned]
 
 
 @dataclass
@@ -251,6 +253,19 @@ class FakeLedger:
         self.records.append(record)
 
 
+class FakeCache:
+    """Keeps answers in a dictionary."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+
+    async def get(self, key: str) -> Entry | None:
+        return self.entries.get(key)
+
+    async def put(self, key: str, entry: Entry) -> None:
+        self.entries[key] = entry
+
+
 @dataclass
 class World:
     """The application and everything that it was given."""
@@ -281,14 +296,19 @@ def limited_key() -> str:
 
 
 @pytest.fixture
-def world() -> World:
+def cache() -> FakeCache:
+    return FakeCache()
+
+
+@pytest.fixture
+def world(cache: FakeCache) -> World:
     generator, embedder, retriever, ledger = FakeGenerator(), FakeEmbedder(), FakeRetriever(), FakeLedger()
     tuned = FakeTunedModels()
     services = Services(generator, embedder, retriever, tracer().start_as_current_span)
     catalog = Catalog(assemble(read_graphs(GRAPHS_DIR), services), generator, embedder, tuned)
     app = make_app(
         catalog=catalog,
-        serving=Serving(catalog),
+        serving=Serving(catalog, repeats=Repeats(catalog, cache)),
         embedder=embedder,
         keys=FakeKeys(),
         limiter=FakeLimiter(),

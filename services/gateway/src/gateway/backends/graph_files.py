@@ -211,7 +211,7 @@ def _assembled(graph: Declaration, services: Services) -> Sequenced:
         _answer(last, services.generator),
         services.span,
         last.params.model,
-        graph.model_dump_json(exclude={"description"}),
+        repr(graph.nodes),
     )
 
 
