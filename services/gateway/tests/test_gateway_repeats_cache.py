@@ -15,13 +15,15 @@ from gateway.core.services import Delta, Done, Finished, Started, TokenLogprob, 
 from testkit.servers import ValkeyServer, valkey_server
 from testkit.waiting import eventually
 
-ANSWER = Entry("v1", (Started(3, "v1"), Delta(0, "Grüße \N{GRINNING FACE}", 2), Finished(0, "stop"), Done(Usage(3, 2, 1))))
+ANSWER = Entry(
+    "v1", (Started(3, "v1"), Delta(0, "Grüße \N{GRINNING FACE}", 2), Finished(0, "stop"), Done(Usage(3, 2, 1)))
+)
 FLOATS = st.floats(allow_nan=False)
 BYTES = st.binary(max_size=4)
 TOPS = st.lists(st.builds(TopLogprob, st.integers(0, 9), FLOATS, st.text(max_size=3), BYTES), max_size=2).map(tuple)
-TOKENS = st.lists(
-    st.builds(TokenLogprob, st.integers(0, 9), FLOATS, st.text(max_size=3), BYTES, TOPS), max_size=2
-).map(tuple)
+TOKENS = st.lists(st.builds(TokenLogprob, st.integers(0, 9), FLOATS, st.text(max_size=3), BYTES, TOPS), max_size=2).map(
+    tuple
+)
 EVENTS = st.one_of(
     st.builds(Started, st.integers(0, 9), st.text(max_size=3), TOKENS, st.integers(0, 3)),
     st.builds(Delta, st.integers(0, 3), st.text(max_size=5), st.integers(0, 3), TOKENS),

@@ -44,6 +44,7 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
                 settings.max_body_bytes,
                 settings.max_upload_bytes + _MULTIPART_OVERHEAD_BYTES,
             ),
+            idempotency=state.idempotency,
             routers=state.routers,
         )
     )

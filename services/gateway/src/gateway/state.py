@@ -38,6 +38,7 @@ from gateway.backends.retriever_documents import RetrieverDocuments
 from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_documents import SqliteDocuments
 from gateway.backends.sqlite_finetuning import SqliteEvaluations, SqliteFinetunes
+from gateway.backends.sqlite_idempotency import SqliteIdempotency
 from gateway.backends.sqlite_jobs import SqliteJobs
 from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_ledger import SqliteLedger
@@ -52,6 +53,7 @@ from gateway.core.documents import Library
 from gateway.core.evaluations import Evaluations
 from gateway.core.finetuning import Finetuning
 from gateway.core.graph import Sequenced
+from gateway.core.idempotency import IdempotencyKeys
 from gateway.core.keys import KeyRing
 from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.repeats import Repeats
@@ -90,6 +92,7 @@ class State:
     recorder: Recorder
     catalog: Catalog
     serving: Serving
+    idempotency: IdempotencyKeys
     routers: tuple[APIRouter, ...]
     servicers: tuple[tuple[Callable[[Any, Any], None], object, str], ...]
     tasks: tuple[tuple[str, Callable[[], Coroutine[Any, Any, None]]], ...]
@@ -141,6 +144,9 @@ async def open_state(
         SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job
     )
 
+    idempotency = SqliteIdempotency(database)
+    await idempotency.open()
+
     if bootstrap_api_key:
         await keys.bootstrap(bootstrap_api_key, DEFAULT_TENANT, is_admin=False, allows_text=True)
     if bootstrap_admin_key:
@@ -163,6 +169,7 @@ async def open_state(
         recorder=recorder,
         catalog=catalog,
         serving=serving,
+        idempotency=IdempotencyKeys(idempotency, key_pepper.encode()),
         routers=(
             documents_router(library, max_upload_bytes=max_upload_bytes),
             files_router(Uploads(files, kept), files, max_upload_bytes=max_upload_bytes),
@@ -190,6 +197,7 @@ async def open_state(
             ("outbox-relay", Relay(outbox, bus).run),
             ("job-progress", job_consumer.consume_progress),
             ("dead-jobs", job_consumer.consume_dead_jobs),
+            ("idempotency-keys", idempotency.prune_forever),
             ("revoked-keys", RevocationListener(bus, keys).listen),
         ),
         close=close,

@@ -182,5 +182,20 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE usage ADD COLUMN repeat TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE usage ADD COLUMN repeated_prompt_tokens INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE usage ADD COLUMN repeated_completion_tokens INTEGER NOT NULL DEFAULT 0",
+        # slot is a keyed hash of tenant, key id and Idempotency-Key; answer is sealed, see sqlite_idempotency.
+        """
+        CREATE TABLE idempotency (
+            slot BLOB PRIMARY KEY,
+            tenant TEXT NOT NULL,
+            state TEXT NOT NULL,
+            claim TEXT NOT NULL,
+            fingerprint BLOB,
+            answer BLOB,
+            claimed_unix_ms INTEGER NOT NULL
+        ) STRICT
+        """,
+        "CREATE INDEX idempotency_of_tenant ON idempotency (tenant)",
+        "CREATE INDEX idempotency_by_age ON idempotency (claimed_unix_ms)",
+        "CREATE INDEX idempotency_running ON idempotency (state) WHERE state = 'running'",
     ),
 )

@@ -32,7 +32,7 @@ _MAX_ENTRIES = 8192
 _PREFIX = "pressroom:cache:"
 _INDEX, _SIZES = f"{_PREFIX}index", f"{_PREFIX}sizes"
 
-# Entries expire in the order of their writing, so the index needs no other: what is expired or too much is at its front.
+# Entries expire in the order of their writing, which is the index's: what is expired or too much is at its front.
 _PUT = """
 local entry, index, sizes = KEYS[1], KEYS[2], KEYS[3]
 local value, ttl_ms, max_bytes, max_entries = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -118,7 +118,7 @@ class ValkeyCache:
         packed = await asyncio.to_thread(encoded, entry)
         if len(packed) > _MAX_ENTRY_BYTES:
             return
-        arguments = [packed, self._ttl_ms, self._max_total_bytes, _MAX_ENTRIES]
+        arguments: list[bytes | int] = [packed, self._ttl_ms, self._max_total_bytes, _MAX_ENTRIES]
         await self._within_timeout(lambda: self._put(keys=[_PREFIX + key, _INDEX, _SIZES], args=arguments))
 
     async def close(self) -> None:

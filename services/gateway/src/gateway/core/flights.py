@@ -1,7 +1,7 @@
 """One run of a model that several requests read: each from its beginning, then as it goes on.
 
-The run is a task of its own, so that it belongs to no reader: it goes on while somebody reads, and is stopped when nobody
-does. Knows nothing of models, caches or clients.
+The run is a task of its own, so that it belongs to no reader: it goes on while somebody reads, and is stopped when
+nobody does. Knows nothing of models, caches or clients.
 """
 
 import asyncio
@@ -44,8 +44,8 @@ class Flight:
     async def read(self, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Streams the run from its beginning; the caller closes it.
 
-        Raises what the run raises, DEADLINE_EXCEEDED at the reader's own deadline, and OVERLOADED where the reader is so
-        much slower than another that what it needs is no longer there.
+        Raises what the run raises, DEADLINE_EXCEEDED at the reader's own deadline, and OVERLOADED where the reader is
+        so much slower than another that what it needs is no longer there.
         """
         reader = object()
         self._positions[reader] = 0

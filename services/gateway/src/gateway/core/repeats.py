@@ -219,7 +219,7 @@ def _may_share(requests: Sequence[GraphRequest], wish: Wish) -> bool:
 
 
 def _is_of_leader(flight: Flight, error: PlatformError) -> bool:
-    """The run failed for what concerns its leader alone: its limits and budget, its place in the queue, its deadline."""
+    """It failed for what concerns its leader alone: its limits and budget, its place in the queue, its deadline."""
     return not flight.is_admitted or error.code is Code.DEADLINE_EXCEEDED
 
 
