@@ -20,6 +20,8 @@ from chassis.telemetry import tracer
 from contracts import subjects
 from gateway.api.consumers import JobConsumer
 from gateway.api.http import Limits, make_app
+from gateway.api.http_admin import admin_router
+from gateway.api.http_documents import documents_router
 from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
 from gateway.api.middleware_account import Recorder
@@ -30,7 +32,9 @@ from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
 from gateway.backends.graph_files import Services, assemble, read_graphs
 from gateway.backends.sqlite import Database
+from gateway.backends.sqlite_documents import SqliteDocuments
 from gateway.backends.sqlite_finetuning import SqliteEvaluations, SqliteFinetunes
+from gateway.backends.sqlite_idempotency import SqliteIdempotency
 from gateway.backends.sqlite_jobs import SqliteJobs
 from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_ledger import SqliteLedger
@@ -38,8 +42,10 @@ from gateway.backends.sqlite_outbox import SqliteOutbox
 from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.backends.sqlite_uploads import SqliteUploads
 from gateway.core.catalog import Catalog
+from gateway.core.documents import Indexed, Library
 from gateway.core.evaluations import Evaluations, Task
 from gateway.core.finetuning import Finetuning, Run
+from gateway.core.idempotency import IdempotencyKeys
 from gateway.core.keys import KeyRing
 from gateway.core.limits import LocalLimiter
 from gateway.core.services import (
@@ -119,6 +125,16 @@ class FakeRetriever:
 
     async def search(self, query: object, *, timeout_s: float) -> Sequence[Source]:
         return self.sources
+
+
+class FakeIndex:
+    """Nothing is indexed."""
+
+    async def get(self, tenant: str, document_id: str) -> Indexed | None:
+        return None
+
+    async def delete(self, tenant: str, document_id: str) -> int | None:
+        return None
 
 
 @dataclass
@@ -246,6 +262,8 @@ async def make_world(database: Database, directory: Path) -> World:
     bus, outbox, jobs = FakeBus(), SqliteOutbox(database), SqliteJobs(database)
     kept = SqliteUploads(database, max_tenant_bytes=MAX_TENANT_BYTES)
     files, finetunes, control = DirectoryFiles(directory), SqliteFinetunes(database, outbox), BusControl(bus)
+    idempotency = SqliteIdempotency(database)
+    await idempotency.open()
     generator, embedder, retriever = FakeGenerator(), FakeEmbedder(), FakeRetriever()
     trainer, evaluator = FakeTrainer(), FakeEvaluator()
     graphs = assemble(read_graphs(GRAPHS_DIR), Services(generator, embedder, retriever, tracer().start_as_current_span))
@@ -254,6 +272,7 @@ async def make_world(database: Database, directory: Path) -> World:
     recorder = Recorder(ledger)
     ring = KeyRing(SqliteKeys(database), b"pepper", control)
     keys = {tenant: (await ring.create(tenant, requests_per_minute=None))[1] for tenant in ("acme", "other")}
+    keys["admin"] = (await ring.create("admin", requests_per_minute=None, is_admin=True))[1]
     evaluations = Evaluations(SqliteEvaluations(database, outbox), kept, evaluator, events.evaluate_job)
     app = make_app(
         catalog=catalog,
@@ -263,11 +282,17 @@ async def make_world(database: Database, directory: Path) -> World:
         limiter=LocalLimiter(),
         recorder=recorder,
         limits=Limits(30.0, 64 * 1024, 10**9),
+        idempotency=IdempotencyKeys(idempotency, b"pepper"),
         routers=(
             files_router(Uploads(files, kept), files, max_upload_bytes=MAX_UPLOAD_BYTES),
             finetuning_router(Finetuning(finetunes, kept, trainer, events.train_job), catalog, jobs, control),
             evaluations_router(evaluations, catalog),
             jobs_router(jobs, control),
+            documents_router(
+                Library(files, SqliteDocuments(database, outbox), jobs, FakeIndex(), control, events.ingest_job),
+                max_upload_bytes=MAX_UPLOAD_BYTES,
+            ),
+            admin_router(ring, ledger),
         ),
     )
     return World(
