@@ -19,6 +19,7 @@ from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
 from gateway.backends.sqlite_schema import MIGRATIONS
+from gateway.core.audit import Change
 from gateway.core.keys import KeyRow
 from gateway.core.outbox import Message
 from gateway.core.ports import RequestRecord
@@ -129,8 +130,8 @@ async def test_grounded_false_is_told_apart_from_absent(ledger, outbox):
 @pytest.mark.parametrize(("allows", "seen"), [(True, ("in", "out")), (False, ("", "")), (None, ("", ""))])
 async def test_text_leaves_only_where_the_tenant_allows_it(ledger, outbox, database, allows, seen):
     if allows is not None:
-        row = KeyRow("k1", "acme", b"h" * 32, False, None, 0)
-        await SqliteKeys(database).put(row, tenant_allows_text=allows)
+        row, change = KeyRow("k1", "acme", b"h" * 32, False, None, 0, allows_text=allows), Change("", "", "", {})
+        await SqliteKeys(database).revise_key("k1", lambda _: (row, change))
     await ledger.record(record(prompt_text="in", completion_text="out"))
     (pending,) = await outbox.unpublished(10)
     event = events_pb2.RequestCompleted.FromString(pending.message.payload)

@@ -19,6 +19,9 @@ from gateway.api.consumers import JobConsumer, RevocationListener
 from gateway.api.grpc_files import FileServicer
 from gateway.api.grpc_graphs import GraphServicer
 from gateway.api.http_admin import admin_router
+from gateway.api.http_admin_audit import audit_router
+from gateway.api.http_admin_keys import keys_router
+from gateway.api.http_admin_tenants import tenants_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
@@ -34,8 +37,10 @@ from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
 from gateway.backends.evaluator_tasks import EvaluatorTasks
 from gateway.backends.monitor_profiles import MonitorProfiles
+from gateway.backends.oidc import OidcVerifier
 from gateway.backends.retriever_documents import RetrieverDocuments
 from gateway.backends.sqlite import Database
+from gateway.backends.sqlite_audit import SqliteAudit
 from gateway.backends.sqlite_documents import SqliteDocuments
 from gateway.backends.sqlite_finetuning import SqliteEvaluations, SqliteFinetunes
 from gateway.backends.sqlite_idempotency import SqliteIdempotency
@@ -48,6 +53,7 @@ from gateway.backends.sqlite_uploads import SqliteUploads
 from gateway.backends.trainer_runs import TrainerRuns
 from gateway.backends.valkey_cache import ValkeyCache
 from gateway.backends.valkey_limits import ValkeyLimiter
+from gateway.core.administration import Administration
 from gateway.core.catalog import Catalog
 from gateway.core.documents import Library
 from gateway.core.evaluations import Evaluations
@@ -59,6 +65,7 @@ from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.repeats import Repeats
 from gateway.core.services import Embedder, Generator
 from gateway.core.serving import Serving
+from gateway.core.tokens import Credentials, Tokens
 from gateway.core.uploads import Uploads
 
 ADMIN_TENANT = "admin"
@@ -113,6 +120,7 @@ async def open_state(
     bus: Bus,
     graphs: Mapping[str, Sequenced],
     peers: Peers,
+    oidc: OidcVerifier | None = None,
 ) -> State:
     """Opens the database (migrating it), the file folder and the Valkey client, and upserts the bootstrap keys.
 
@@ -133,7 +141,9 @@ async def open_state(
     files = DirectoryFiles(files_dir)
     control = BusControl(bus)
     index = RetrieverDocuments(peers.retriever)
-    keys = KeyRing(SqliteKeys(database), key_pepper.encode(), control)
+    book, pepper = SqliteKeys(database), key_pepper.encode()
+    keys = KeyRing(book, pepper)
+    administration = Administration(book, pepper, keys, control)
     library = Library(files, documents, jobs, index, control, events.ingest_job)
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
     cache = ValkeyCache.connect(valkey_url, ttl_s=cache_ttl_s)
@@ -148,9 +158,9 @@ async def open_state(
     await idempotency.open()
 
     if bootstrap_api_key:
-        await keys.bootstrap(bootstrap_api_key, DEFAULT_TENANT, is_admin=False, allows_text=True)
+        await administration.configure_key(bootstrap_api_key, DEFAULT_TENANT, is_admin=False, allows_text=True)
     if bootstrap_admin_key:
-        await keys.bootstrap(bootstrap_admin_key, ADMIN_TENANT, is_admin=True, allows_text=False)
+        await administration.configure_key(bootstrap_admin_key, ADMIN_TENANT, is_admin=True, allows_text=False)
     await files.sweep(await documents.file_ids() | await kept.file_ids())
 
     job_consumer = JobConsumer(bus, jobs, files, control)
@@ -163,7 +173,7 @@ async def open_state(
         await database.close()
 
     return State(
-        keys=keys,
+        keys=Credentials(keys, Tokens(oidc, keys)) if oidc else keys,
         limiter=limiter,
         ledger=ledger,
         recorder=recorder,
@@ -177,7 +187,10 @@ async def open_state(
             evaluations_router(evaluations, catalog),
             jobs_router(jobs, control),
             search_router(index),
-            admin_router(keys, ledger),
+            admin_router(ledger),
+            keys_router(administration),
+            tenants_router(administration),
+            audit_router(SqliteAudit(database)),
             monitor_router(MonitorProfiles(peers.monitor), finetunes),
             later_router(),
         ),
@@ -189,7 +202,7 @@ async def open_state(
             ),
             (
                 gateway_pb2_grpc.add_GraphServiceServicer_to_server,
-                GraphServicer(serving, jobs, recorder, timeout_s=request_timeout_s),
+                GraphServicer(serving, keys, jobs, recorder, timeout_s=request_timeout_s),
                 "pressroom.gateway.v1.GraphService",
             ),
         ),
@@ -199,6 +212,7 @@ async def open_state(
             ("dead-jobs", job_consumer.consume_dead_jobs),
             ("idempotency-keys", idempotency.prune_forever),
             ("revoked-keys", RevocationListener(bus, keys).listen),
+            *((("token-keys", oidc.run),) if oidc else ()),
         ),
         close=close,
     )

@@ -20,7 +20,7 @@ from chassis.telemetry import tracer
 from contracts import subjects
 from gateway.api.consumers import JobConsumer
 from gateway.api.http import Limits, make_app
-from gateway.api.http_admin import admin_router
+from gateway.api.http_admin_keys import keys_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
@@ -41,6 +41,7 @@ from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
 from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.backends.sqlite_uploads import SqliteUploads
+from gateway.core.administration import Administration, NewKey
 from gateway.core.catalog import Catalog
 from gateway.core.documents import Indexed, Library
 from gateway.core.evaluations import Evaluations, Task
@@ -181,6 +182,7 @@ class World:
     trainer: FakeTrainer
     evaluator: FakeEvaluator
     keys: dict[str, str]  # by tenant
+    ring: KeyRing
     clients: list[httpx.AsyncClient] = field(default_factory=list)
 
     def http(self, tenant: str = "acme") -> httpx.AsyncClient:
@@ -270,9 +272,10 @@ async def make_world(database: Database, directory: Path) -> World:
     catalog = Catalog(graphs, generator, embedder, finetunes)
     ledger = SqliteLedger(database, outbox, events.request_completed)
     recorder = Recorder(ledger)
-    ring = KeyRing(SqliteKeys(database), b"pepper", control)
-    keys = {tenant: (await ring.create(tenant, requests_per_minute=None))[1] for tenant in ("acme", "other")}
-    keys["admin"] = (await ring.create("admin", requests_per_minute=None, is_admin=True))[1]
+    ring = KeyRing(SqliteKeys(database), b"pepper")
+    administration = Administration(SqliteKeys(database), b"pepper", ring, control)
+    keys = {tenant: (await administration.create_key("test", NewKey(tenant)))[1] for tenant in ("acme", "other")}
+    keys["admin"] = (await administration.create_key("test", NewKey("admin", is_admin=True)))[1]
     evaluations = Evaluations(SqliteEvaluations(database, outbox), kept, evaluator, events.evaluate_job)
     app = make_app(
         catalog=catalog,
@@ -292,7 +295,7 @@ async def make_world(database: Database, directory: Path) -> World:
                 Library(files, SqliteDocuments(database, outbox), jobs, FakeIndex(), control, events.ingest_job),
                 max_upload_bytes=MAX_UPLOAD_BYTES,
             ),
-            admin_router(ring, ledger),
+            keys_router(administration),
         ),
     )
     return World(
@@ -312,6 +315,7 @@ async def make_world(database: Database, directory: Path) -> World:
         trainer,
         evaluator,
         keys,
+        ring,
     )
 
 

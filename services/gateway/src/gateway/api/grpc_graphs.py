@@ -22,6 +22,7 @@ from gateway.api.openai_chat import ChatBody
 from gateway.core.account import Account
 from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
 from gateway.core.jobs import JobStatus, JobStore
+from gateway.core.keys import KeyRing
 from gateway.core.ports import Principal
 from gateway.core.services import Delta, Finished, Started
 from gateway.core.serving import Ask, Serving
@@ -50,8 +51,11 @@ class _Answer:
 class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
     """Runs graphs for jobs."""
 
-    def __init__(self, serving: Serving, jobs: JobStore, recorder: Recorder, *, timeout_s: float) -> None:
+    def __init__(
+        self, serving: Serving, keys: KeyRing, jobs: JobStore, recorder: Recorder, *, timeout_s: float
+    ) -> None:
         self._serving = serving
+        self._keys = keys
         self._jobs = jobs
         self._recorder = recorder
         self._timeout_s = timeout_s
@@ -61,8 +65,9 @@ class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
     ) -> gateway_pb2.AnswerResponse:
         """Answers one chat; a cancelled call stops the decoding.
 
-        Raises INVALID_ARGUMENT, NOT_FOUND for a model that the tenant does not have, FAILED_PRECONDITION when the job
-        was cancelled (a worker that missed the call to stop learns it here), and what the graph's services raise.
+        Raises INVALID_ARGUMENT, NOT_FOUND for a model that the tenant does not have, PERMISSION_DENIED for one that it
+        or the key that ordered the job may not ask, FAILED_PRECONDITION when the job was cancelled (a worker that
+        missed the call to stop learns it here), and what the graph's services raise.
         """
         called = context.current()
         if not called.tenant:
@@ -70,7 +75,7 @@ class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
         job = await self._jobs.get(called.tenant, request.job_id) if request.job_id else None
         if job is not None and (job.cancel_requested or job.status is JobStatus.CANCELLED):
             raise PlatformError(Code.FAILED_PRECONDITION, "the job was cancelled", reason="job_cancelled")
-        principal = Principal(job.key_id if job else "", called.tenant)
+        principal = await self._keys.principal(job.key_id if job else "", called.tenant)
         graph = await self._serving.graph(principal, request.model)
         wanted = _graph_request(request, called.tenant)
         deadline = Deadline.after(called.remaining_s(self._timeout_s))

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 
 from gateway.api import errors
 from gateway.api.middleware import RequestFrame
-from gateway.api.middleware_access import Authentication, BodyCap, RateLimit
+from gateway.api.middleware_access import Authentication, BodyCap, Permission, RateLimit
 from gateway.api.middleware_account import Accounting, Recorder
 from gateway.api.middleware_idempotency import Idempotency
 from gateway.api.openai_chat import chat_router
@@ -57,8 +57,9 @@ def make_app(
         *routers,
     ):
         routes.include_router(router)
-    # From the outside in: the frame, the key, the account, the limit, the size, what was answered before, the routes.
+    # From the outside in: the frame, the key, the account, the limit, the scopes, the size, what was answered before,
+    # the routes.
     once = Idempotency(routes, keys=idempotency) if idempotency else routes
     capped = BodyCap(once, max_body_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
-    accounted = Accounting(RateLimit(capped, limiter=limiter), recorder=recorder)
+    accounted = Accounting(RateLimit(Permission(capped), limiter=limiter), recorder=recorder)
     return RequestFrame(Authentication(accounted, keys=keys, open_app=routes), timeout_s=limits.timeout_s)

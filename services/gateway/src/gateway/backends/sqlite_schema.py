@@ -197,5 +197,39 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX idempotency_of_tenant ON idempotency (tenant)",
         "CREATE INDEX idempotency_by_age ON idempotency (claimed_unix_ms)",
         "CREATE INDEX idempotency_running ON idempotency (state) WHERE state = 'running'",
+        # Keys and tenants: what a key is called, until when it holds, and its former secret while a rotation overlaps.
+        "ALTER TABLE keys ADD COLUMN name TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE keys ADD COLUMN metadata_json TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE keys ADD COLUMN expires_unix_s INTEGER",
+        "ALTER TABLE keys ADD COLUMN former_hmac BLOB",
+        "ALTER TABLE keys ADD COLUMN former_until_unix_s INTEGER",
+        "ALTER TABLE tenants ADD COLUMN disabled_unix_s INTEGER",
+        # The audit log, see core.audit. It is only ever appended to; REPLACE fires no trigger of DELETE, so an INSERT
+        # is held to the next number.
+        """
+        CREATE TABLE audit (
+            sequence INTEGER PRIMARY KEY,
+            at_unix_ms INTEGER NOT NULL,
+            actor TEXT NOT NULL,
+            action TEXT NOT NULL,
+            subject TEXT NOT NULL,
+            details_json TEXT NOT NULL,
+            previous_hash TEXT NOT NULL,
+            hash TEXT NOT NULL
+        ) STRICT
+        """,
+        """
+        CREATE TRIGGER audit_is_in_order BEFORE INSERT ON audit
+        WHEN NEW.sequence IS NOT (SELECT coalesce(max(sequence), 0) + 1 FROM audit)
+        BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END
+        """,
+        """
+        CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit
+        BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END
+        """,
+        """
+        CREATE TRIGGER audit_is_not_cut BEFORE DELETE ON audit
+        BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END
+        """,
     ),
 )

@@ -22,6 +22,14 @@ class Principal:
     policy: Policy = UNRESTRICTED  # the key's own
     tenant_policy: Policy = UNRESTRICTED
 
+    def may_ask(self, model: str) -> bool:
+        """Says whether key and tenant both allow a model."""
+        return self.policy.allows_model(model) and self.tenant_policy.allows_model(model)
+
+    def has_scope(self, scope: str) -> bool:
+        """Says whether key and tenant both allow a group of routes."""
+        return self.policy.allows_scope(scope) and self.tenant_policy.allows_scope(scope)
+
 
 @dataclass(frozen=True, slots=True)
 class LimitState:

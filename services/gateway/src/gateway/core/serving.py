@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from chassis.errors import Code, PlatformError
 from gateway.core.account import Account
 from gateway.core.catalog import Catalog
 from gateway.core.fanout import merged
@@ -47,12 +48,25 @@ class Serving:
         self._repeats = repeats or Repeats(catalog)
 
     async def graph(self, principal: Principal, name: str) -> Graph:
-        """What answers under that name for the sender; raises NOT_FOUND."""
+        """What answers under that name for the sender; raises PERMISSION_DENIED and NOT_FOUND."""
+        self.permit(principal, name)
         return await self._catalog.graph(name, principal.tenant)
+
+    @staticmethod
+    def permit(principal: Principal, model: str) -> None:
+        """Raises PERMISSION_DENIED where key or tenant do not allow the model, whether it exists or not."""
+        if not principal.may_ask(model):
+            raise PlatformError(
+                Code.PERMISSION_DENIED,
+                f"this key may not use the model {model[:200]!r}; GET /v1/models lists those that it may",
+                param="model",
+                reason="model_not_allowed",
+            )
 
     @asynccontextmanager
     async def hold(self, ask: Ask) -> AsyncIterator[None]:
-        """Holds every stage; raises what a stage raises. For what is no graph: the encoders."""
+        """Holds every stage; raises what a stage raises, and PERMISSION_DENIED. For what is no graph: the encoders."""
+        self.permit(ask.principal, ask.model)
         async with AsyncExitStack() as held:
             for stage in self._stages:
                 await held.enter_async_context(stage.hold(ask))
