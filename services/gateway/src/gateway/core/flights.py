@@ -5,6 +5,7 @@ nobody does. Knows nothing of models, caches or clients.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
@@ -13,6 +14,7 @@ from gateway.core.graph import Deadline, GraphEvent
 
 _MAX_AHEAD = 256  # events that the run may be before its fastest reader: then it waits, as it would without us
 _MAX_KEPT = 8192  # events that are kept for readers who come later or read slowly
+_LATE_S = 0.01
 _NUM_DROPPED_AT_ONCE = _MAX_KEPT // 4
 
 Source = Callable[["Flight"], AsyncGenerator[GraphEvent]]
@@ -32,7 +34,7 @@ class Flight:
         self._positions: dict[object, int] = {}  # the next event of each reader
         self._error: Exception | None = None
         self._has_ended = False
-        self._news = asyncio.Event()  # a new one for each event
+        self._waiting: list[asyncio.Future[None]] = []  # readers who have read everything so far
         self._room = asyncio.Event()
         self._task = asyncio.create_task(self._run(source), name="flight")
 
@@ -49,6 +51,10 @@ class Flight:
         """
         reader = object()
         self._positions[reader] = 0
+        # One timer for all that is waited for: one for each event would cost more than the event. A little late, so
+        # that the deadline has passed by the clock that judges it.
+        late_s = max(0.0, deadline.at_s - time.monotonic()) + _LATE_S
+        late = asyncio.get_running_loop().call_later(late_s, self._wake)
         try:
             while True:
                 place = self._positions[reader] - self._num_dropped
@@ -63,8 +69,10 @@ class Flight:
                         raise _again(self._error)
                     return
                 else:
-                    await _within(deadline, self._news)
+                    await self._news()
+                    deadline.remaining_s()
         finally:
+            late.cancel()
             del self._positions[reader]
             self._room.set()
             if not self._positions:
@@ -88,7 +96,18 @@ class Flight:
         finally:
             self._has_ended = True
             self._on_closed(self)
-            self._news.set()
+            self._wake()
+
+    async def _news(self) -> None:
+        waiting = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiting)
+        await waiting
+
+    def _wake(self) -> None:
+        for waiting in self._waiting:
+            if not waiting.done():  # the reader may have been cancelled
+                waiting.set_result(None)
+        self._waiting.clear()
 
     def _keep(self, event: GraphEvent) -> None:
         self._events.append(event)
@@ -96,8 +115,7 @@ class Flight:
             del self._events[:_NUM_DROPPED_AT_ONCE]
             self._num_dropped += _NUM_DROPPED_AT_ONCE
             self._on_closed(self)
-        self._news.set()
-        self._news = asyncio.Event()
+        self._wake()
 
     def _is_far_ahead(self) -> bool:
         return self._num_dropped + len(self._events) - max(self._positions.values(), default=0) >= _MAX_AHEAD
@@ -115,12 +133,3 @@ def _again(error: Exception) -> Exception:
         reason=error.reason,
         retry_after_s=error.retry_after_s,
     )
-
-
-async def _within(deadline: Deadline, news: asyncio.Event) -> None:
-    left_s = deadline.remaining_s()
-    try:
-        async with asyncio.timeout(left_s):
-            await news.wait()
-    except TimeoutError:
-        raise PlatformError(Code.DEADLINE_EXCEEDED, "the request took longer than the server allows") from None

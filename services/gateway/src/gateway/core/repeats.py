@@ -81,21 +81,15 @@ class Repeats:
         self._flights: dict[str, Flight] = {}
         self._writing: set[asyncio.Task[None]] = set()
 
-    async def run(self, ask: "Ask", graph: Graph, fresh: Fresh) -> AsyncGenerator[GraphEvent]:
+    def run(self, ask: "Ask", graph: Graph, fresh: Fresh) -> AsyncGenerator[GraphEvent]:
         """Streams the answer; the caller closes it in the task that iterates it."""
         wish = ask.account.cache_wish
         if graph.identity is None or not _may_share(ask.requests, wish):
-            stream = fresh(lambda: None)
-        else:
-            key = key_of(graph.identity, ask.requests)
-            keeps = wish in (Wish.ON, Wish.REFRESH) or opted_in(ask.principal)
-            if wish is Wish.REFRESH:
-                stream = self._lead(ask, fresh, key, keeps=keeps, is_joinable=False)
-            else:
-                stream = self._shared(ask, graph, fresh, key, keeps=keeps)
-        async with aclosing(stream) as events:
-            async for event in events:
-                yield event
+            return fresh(lambda: None)
+        key = key_of(graph.identity, ask.requests)
+        if wish is Wish.REFRESH:
+            return self._lead(ask, fresh, key, keeps=True, is_joinable=False)
+        return self._shared(ask, graph, fresh, key, keeps=wish is Wish.ON or opted_in(ask.principal))
 
     @property
     def running(self) -> Sequence[Flight]:

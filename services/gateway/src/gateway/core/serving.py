@@ -72,12 +72,9 @@ class Serving:
                 await held.enter_async_context(stage.hold(ask))
             yield
 
-    async def run(self, ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
+    def run(self, ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
         """Streams the graph's events and keeps the account; the caller closes it in the task that iterates it."""
-        fresh = partial(self._fresh, ask, graph)
-        async with aclosing(self._repeats.run(ask, graph, fresh)) as events:
-            async for event in events:
-                yield event
+        return self._repeats.run(ask, graph, partial(self._fresh, ask, graph))
 
     async def _fresh(self, ask: Ask, graph: Graph, admitted: Callable[[], None]) -> AsyncGenerator[GraphEvent]:
         async with self.hold(ask), aclosing(_events(ask, graph)) as events:
