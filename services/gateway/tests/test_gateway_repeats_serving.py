@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from chassis.errors import Code, PlatformError
 from gateway.core.account import Account, Wish
-from gateway.core.graph import Deadline, GraphRequest, Grounding
+from gateway.core.graph import Answering, Deadline, Fallbacks, GraphRequest, Grounding
 from gateway.core.policy import Policy
 from gateway.core.ports import Principal
 from gateway.core.repeats import HEADER, Repeats, key_of
@@ -49,6 +49,7 @@ class FakeGraph:
 
     name = "m"
     identity = "m declared so"
+    fallbacks = Fallbacks()
 
     def __init__(self):
         self.num_runs = self.num_stopped = 0
@@ -110,6 +111,7 @@ class Stages:
         self.holding = 0
         self.num_held = 0
         self.refused: str | None = None
+        self.most_tokens: int | None = None  # what is left for a request that names no end
 
     def hold(self, ask):
         return _Held(self, ask)
@@ -123,6 +125,9 @@ class _Held:
         await asyncio.sleep(0)
         if self.ask.principal.key_id == self.stages.refused:
             raise PlatformError(Code.RATE_LIMITED, "too many tokens")
+        if self.stages.most_tokens is not None:
+            stopping = Stopping(max_tokens=self.stages.most_tokens)
+            self.ask.requests = tuple(replace(one, stopping=stopping) for one in self.ask.requests)
         self.stages.holding += 1
         self.stages.num_held += 1
 
@@ -244,13 +249,19 @@ class TestCache:
         await world.answer(ask_of(wish=Wish.ON))
         assert world.graph.num_runs == 2
 
-    @pytest.mark.parametrize("spoil", ["error", "cancelled", "deadline", "grounded", "no version"])
+    @pytest.mark.parametrize(
+        "spoil", ["error", "cancelled", "deadline", "grounded", "no version", "a fallback", "less"]
+    )
     async def test_only_whole_and_good_answers_are_kept(self, world, spoil):
         match spoil:
             case "error":
                 world.graph.error = PlatformError(Code.UNAVAILABLE, "gone")
             case "grounded":
                 world.graph.grounding = Grounding(grounded=True)
+            case "a fallback":
+                world.graph.grounding = Answering("other")
+            case "less":
+                world.stages.most_tokens = 1
             case "no version":
                 world.graph.version = ""
             case _:
@@ -367,6 +378,42 @@ class TestSingleFlight:
         assert [text_of(events) for events in results[1:]] == ["abc"] * 4
         assert world.graph.num_runs == 1
         await world.at_rest()
+
+    async def test_run_that_a_limit_cut_short_is_its_leaders_alone(self, world):
+        world.stages.most_tokens = 1
+        asks = [ask_of() for _ in range(4)]
+        await asyncio.gather(*map(world.answer, asks))
+        await world.at_rest()
+        assert world.graph.num_runs == 4
+        assert {ask.account.record(200).repeat for ask in asks} == {""}
+        assert all(HEADER not in ask.account.answer_headers for ask in asks)
+
+    async def test_run_with_little_time_left_is_not_joined_by_who_has_more(self, world):
+        world.graph.gate = asyncio.Semaphore(0)
+        leader = world.start(ask_of(timeout_s=5.0))
+        await asyncio.sleep(0.01)
+        others = [world.start(ask_of(timeout_s=timeout_s)) for timeout_s in (30.0, 30.0, 8.0)]
+        await asyncio.sleep(0.01)
+        for _ in range(6):
+            world.graph.gate.release()
+        assert {text_of(events) for events in await asyncio.gather(leader, *others)} == {"abc"}
+        assert world.graph.num_runs == 2
+
+    async def test_run_in_the_background_is_not_joined_by_people(self, world):
+        world.graph.gate = asyncio.Semaphore(0)
+        tasks = [world.start(ask_of(request(priority=priority))) for priority in (-10, 0, 0)]
+        await asyncio.sleep(0.01)
+        for _ in range(6):
+            world.graph.gate.release()
+        assert {text_of(events) for events in await asyncio.gather(*tasks)} == {"abc"}
+        assert world.graph.num_runs == 2
+
+    async def test_follower_says_which_model_answers(self, world):
+        world.graph.grounding = Answering("other")
+        asks = [ask_of() for _ in range(2)]
+        await asyncio.gather(*map(world.answer, asks))
+        assert [ask.account.record(200).model for ask in asks] == ["other"] * 2
+        assert asks[1].account.answer_headers["x-pressroom-model"] == "other"
 
     async def test_each_follower_has_its_own_deadline(self, world):
         world.graph.gate = asyncio.Semaphore(0)

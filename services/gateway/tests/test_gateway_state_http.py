@@ -6,7 +6,6 @@ from fastapi import FastAPI
 
 from chassis.errors import Code, PlatformError
 from gateway.api import errors
-from gateway.api.http_admin import admin_router
 from gateway.api.http_admin_audit import audit_router
 from gateway.api.http_admin_keys import keys_router
 from gateway.api.http_admin_tenants import tenants_router
@@ -15,6 +14,7 @@ from gateway.api.http_jobs import jobs_router
 from gateway.api.http_later import later_router
 from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
+from gateway.api.http_usage import usage_router
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, RateLimit
 from gateway.backends import events
@@ -25,9 +25,10 @@ from gateway.backends.sqlite_audit import SqliteAudit
 from gateway.backends.sqlite_documents import SqliteDocuments
 from gateway.backends.sqlite_jobs import SqliteJobs
 from gateway.backends.sqlite_keys import SqliteKeys
-from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
+from gateway.backends.sqlite_prices import SqlitePrices
 from gateway.backends.sqlite_schema import MIGRATIONS
+from gateway.backends.sqlite_usage import SqliteUsage
 from gateway.core.administration import Administration, NewKey
 from gateway.core.documents import Indexed, Library
 from gateway.core.finetuning import TunedModel
@@ -118,7 +119,7 @@ async def gateway(tmp_path):
         documents_router(library, max_upload_bytes=MAX_UPLOAD_BYTES),
         jobs_router(jobs, control),
         search_router(retriever),
-        admin_router(SqliteLedger(database, outbox, events.request_completed)),
+        usage_router(SqliteUsage(database), SqlitePrices(database)),
         keys_router(administration),
         tenants_router(administration),
         audit_router(SqliteAudit(database)),
@@ -449,7 +450,15 @@ async def test_key_of_nulls_is_a_key_of_defaults(gateway):
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/admin/keys"), ("GET", "/admin/keys"), ("DELETE", "/admin/keys/x"), ("GET", "/admin/usage")],
+    [
+        ("POST", "/admin/keys"),
+        ("GET", "/admin/keys"),
+        ("DELETE", "/admin/keys/x"),
+        ("GET", "/admin/usage"),
+        ("GET", "/admin/usage/rows"),
+        ("GET", "/admin/prices"),
+        ("PUT", "/admin/prices"),
+    ],
 )
 async def test_admin_routes_need_an_admin_key(gateway, method, path):
     refused(await gateway.send(method, path, json={}), 403)

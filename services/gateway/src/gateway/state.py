@@ -5,7 +5,8 @@ main.py calls open_state once and adds what comes back to the app; it knows noth
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from contracts.names import DEFAULT_TENANT
 from gateway.api.consumers import JobConsumer, RevocationListener
 from gateway.api.grpc_files import FileServicer
 from gateway.api.grpc_graphs import GraphServicer
-from gateway.api.http_admin import admin_router
 from gateway.api.http_admin_audit import audit_router
 from gateway.api.http_admin_keys import keys_router
 from gateway.api.http_admin_tenants import tenants_router
@@ -28,14 +28,16 @@ from gateway.api.http_jobs import jobs_router
 from gateway.api.http_later import later_router
 from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
-from gateway.api.middleware_account import Recorder
+from gateway.api.http_usage import usage_router
 from gateway.api.openai_files import files_router
 from gateway.api.openai_finetuning import finetuning_router
 from gateway.api.relay import Relay
+from gateway.api.settlement import Recorder
 from gateway.backends import events
 from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
 from gateway.backends.evaluator_tasks import EvaluatorTasks
+from gateway.backends.gateway_metrics import count_fallback, count_refusal
 from gateway.backends.monitor_profiles import MonitorProfiles
 from gateway.backends.oidc import OidcVerifier
 from gateway.backends.retriever_documents import RetrieverDocuments
@@ -47,9 +49,12 @@ from gateway.backends.sqlite_idempotency import SqliteIdempotency
 from gateway.backends.sqlite_jobs import SqliteJobs
 from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_ledger import SqliteLedger
+from gateway.backends.sqlite_limits import SqliteLimits
 from gateway.backends.sqlite_outbox import SqliteOutbox
+from gateway.backends.sqlite_prices import SqlitePrices
 from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.backends.sqlite_uploads import SqliteUploads
+from gateway.backends.sqlite_usage import SqliteUsage
 from gateway.backends.trainer_runs import TrainerRuns
 from gateway.backends.valkey_cache import ValkeyCache
 from gateway.backends.valkey_limits import ValkeyLimiter
@@ -61,10 +66,14 @@ from gateway.core.finetuning import Finetuning
 from gateway.core.graph import Sequenced
 from gateway.core.idempotency import IdempotencyKeys
 from gateway.core.keys import KeyRing
+from gateway.core.ledger import FinalUsages, StartRecords, recover
+from gateway.core.limiting import Limiting, PlatformLimits
+from gateway.core.limits import LocalLimiter
 from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.repeats import Repeats
 from gateway.core.services import Embedder, Generator
-from gateway.core.serving import Serving
+from gateway.core.serving import NoStage, Serving, Stage
+from gateway.core.sizing import Sizes
 from gateway.core.tokens import Credentials, Tokens
 from gateway.core.uploads import Uploads
 
@@ -76,11 +85,13 @@ class Peers:
     """The services that the state calls; each may be away. The channels belong to the caller."""
 
     generator: Generator
+    usages: FinalUsages  # the generator's book of usage
     embedder: Embedder
     retriever: grpc.aio.Channel
     trainer: grpc.aio.Channel
     evaluator: grpc.aio.Channel
     monitor: grpc.aio.Channel
+    admission: Stage = field(default_factory=NoStage)  # leads requests to generator and embedder
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +132,7 @@ async def open_state(
     graphs: Mapping[str, Sequenced],
     peers: Peers,
     oidc: OidcVerifier | None = None,
+    local_limit_share: float = 1.0,
 ) -> State:
     """Opens the database (migrating it), the file folder and the Valkey client, and upserts the bootstrap keys.
 
@@ -129,11 +141,11 @@ async def open_state(
     files_dir = data_dir / "files"
     await asyncio.to_thread(_make_directories, data_dir, files_dir)
     database = await Database.open(data_dir / "gateway.db", MIGRATIONS)
-    limiter = ValkeyLimiter.connect(valkey_url)
+    limiter = ValkeyLimiter.connect(valkey_url, local=LocalLimiter(share=local_limit_share))
 
     outbox = SqliteOutbox(database)
     ledger = SqliteLedger(database, outbox, events.request_completed)
-    recorder = Recorder(ledger)
+    recorder = Recorder(ledger, peers.usages)
     jobs = SqliteJobs(database)
     documents = SqliteDocuments(database, outbox)
     kept = SqliteUploads(database, max_tenant_bytes=max_tenant_upload_bytes)
@@ -148,7 +160,17 @@ async def open_state(
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
     cache = ValkeyCache.connect(valkey_url, ttl_s=cache_ttl_s)
     repeats = Repeats(catalog, cache)
-    serving = Serving(catalog, repeats=repeats)
+    platform_limits = PlatformLimits(SqliteLimits(database))
+    await platform_limits.refresh()
+    sizes = Sizes(graphs, peers.generator, peers.embedder)
+    limiting = Limiting(limiter, sizes, platform_limits, count_refusal)
+    serving = Serving(
+        catalog,
+        stages=(limiting, StartRecords(ledger, sizes)),
+        admission=peers.admission,
+        on_fallback=count_fallback,
+        repeats=repeats,
+    )
     finetuning = Finetuning(finetunes, kept, TrainerRuns(peers.trainer), events.train_job)
     evaluations = Evaluations(
         SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job
@@ -187,7 +209,7 @@ async def open_state(
             evaluations_router(evaluations, catalog),
             jobs_router(jobs, control),
             search_router(index),
-            admin_router(ledger),
+            usage_router(SqliteUsage(database), SqlitePrices(database)),
             keys_router(administration),
             tenants_router(administration),
             audit_router(SqliteAudit(database)),
@@ -212,7 +234,10 @@ async def open_state(
             ("dead-jobs", job_consumer.consume_dead_jobs),
             ("idempotency-keys", idempotency.prune_forever),
             ("revoked-keys", RevocationListener(bus, keys).listen),
+            ("left-requests", partial(recover, ledger, ledger, peers.usages)),
             *((("token-keys", oidc.run),) if oidc else ()),
+            ("limiter", limiter.run),
+            ("platform-limits", platform_limits.run),
         ),
         close=close,
     )

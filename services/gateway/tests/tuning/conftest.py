@@ -24,9 +24,9 @@ from gateway.api.http_admin_keys import keys_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
-from gateway.api.middleware_account import Recorder
 from gateway.api.openai_files import files_router
 from gateway.api.openai_finetuning import finetuning_router
+from gateway.api.settlement import Recorder
 from gateway.backends import events
 from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles

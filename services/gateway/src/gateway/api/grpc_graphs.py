@@ -4,7 +4,6 @@ What is used is accounted to the tenant, under the key that ordered the job and 
 left out of the record, so that profiles of real traffic stay what they are.
 """
 
-import asyncio
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -13,12 +12,10 @@ from pressroom.common.v1 import common_pb2
 from pressroom.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 
 from chassis import context, telemetry
-from chassis.errors import Code, PlatformError, http_status
-from gateway.api.errors import error_code
+from chassis.errors import Code, PlatformError
 from gateway.api.json_body import validate
-from gateway.api.middleware import CLIENT_LEFT
-from gateway.api.middleware_account import Recorder, measure_tokens
 from gateway.api.openai_chat import ChatBody
+from gateway.api.settlement import Recorder
 from gateway.core.account import Account
 from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
 from gateway.core.jobs import JobStatus, JobStore
@@ -84,25 +81,13 @@ class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
         )
 
     async def _run(self, ask: Ask, graph: Graph) -> gateway_pb2.AnswerResponse:
-        answer, status, account = _Answer(), CLIENT_LEFT, ask.account
-        try:
+        answer, account = _Answer(), ask.account
+        # Not the latencies: a job's answers wait behind people's, and would hide theirs.
+        async with self._recorder.settling(account, counts_latency=False) as outcome:
             async with aclosing(self._serving.run(ask, graph)) as events:
                 async for event in events:
                     answer.take(event)
-            status = 200
-        except PlatformError as error:
-            status, account.error_code = http_status(error.code), error_code(error)
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            account.finish_reason = "cancelled"
-            raise
-        except Exception:
-            status, account.error_code = 500, "internal_error"
-            raise
-        finally:
-            # Not the latencies: a job's answers wait behind people's, and would hide theirs.
-            measure_tokens(account)
-            await self._recorder.write(account.record(status))
+            outcome.status = 200
         usage = account.told_usage
         return gateway_pb2.AnswerResponse(
             text="".join(answer.text),

@@ -14,7 +14,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from gateway.backends.entry_codec import decoded, encoded
-from gateway.core.limits import Breaker
+from gateway.core.breaker import Breaker
 from gateway.core.repeats import Entry
 
 _log = logging.getLogger(__name__)

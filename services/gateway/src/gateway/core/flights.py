@@ -20,6 +20,10 @@ _NUM_DROPPED_AT_ONCE = _MAX_KEPT // 4
 Source = Callable[["Flight"], AsyncGenerator[GraphEvent]]
 
 
+class Private(Exception):
+    """The run has turned out to be for its first reader alone."""
+
+
 class Flight:
     """A run and what it has said so far. Whoever makes it, in a running loop, must read() it at once.
 
@@ -32,6 +36,8 @@ class Flight:
         self._events: list[GraphEvent] = []
         self._num_dropped = 0
         self._positions: dict[object, int] = {}  # the next event of each reader
+        self._leader: object | None = None  # who read first
+        self._is_private = False
         self._error: Exception | None = None
         self._has_ended = False
         self._waiting: list[asyncio.Future[None]] = []  # readers who have read everything so far
@@ -47,9 +53,10 @@ class Flight:
         """Streams the run from its beginning; the caller closes it.
 
         Raises what the run raises, DEADLINE_EXCEEDED at the reader's own deadline, and OVERLOADED where the reader is
-        so much slower than another that what it needs is no longer there.
+        so much slower than another that what it needs is no longer there. Raises Private before the first event.
         """
         reader = object()
+        self._leader = self._leader or reader
         self._positions[reader] = 0
         # One timer for all that is waited for: one for each event would cost more than the event. A little late, so
         # that the deadline has passed by the clock that judges it.
@@ -57,6 +64,8 @@ class Flight:
         late = asyncio.get_running_loop().call_later(late_s, self._wake)
         try:
             while True:
+                if self._is_private and reader is not self._leader:
+                    raise Private
                 place = self._positions[reader] - self._num_dropped
                 if place < 0:
                     raise PlatformError(Code.OVERLOADED, "the answer was read too slowly", reason="slow_reader")
@@ -78,6 +87,12 @@ class Flight:
             if not self._positions:
                 self._on_closed(self)
                 self._task.cancel()  # does nothing where the run has ended
+
+    def make_private(self) -> None:
+        """From now on it is its first reader's alone; to be called before the first event."""
+        self._is_private = True
+        self._on_closed(self)
+        self._wake()
 
     async def ended(self) -> None:
         """Returns when the run has ended and let go of everything that it held."""

@@ -3,7 +3,6 @@
 Knows nothing of SQLite, Valkey or HTTP. The concrete classes live in backends/ and are joined in main.py.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -69,6 +68,8 @@ class RequestRecord:
     repeated_completion_tokens: int = 0
     prompt_text: str = field(default="", repr=False)
     completion_text: str = field(default="", repr=False)
+    usage_id: str = ""  # the account's; one that was written already is not written again
+    is_exact: bool = True  # False: the generator could not be asked, and this is what was received
 
 
 class Keys(Protocol):
@@ -91,13 +92,5 @@ class Ledger(Protocol):
     """Writes what was used."""
 
     async def record(self, record: RequestRecord) -> None:
-        """Writes the usage row and the event to publish in one transaction; durable when it returns."""
-        ...
-
-
-class UsageReport(Protocol):
-    """Reads what was used."""
-
-    async def totals(self) -> list[Mapping[str, object]]:
-        """Sums by tenant, key and model."""
+        """Writes what was used, once for each usage id, and strikes off the start record; durable when it returns."""
         ...

@@ -8,17 +8,18 @@ none of its business: a semantic cache is a node of a graph.
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from chassis.errors import Code, PlatformError
-from gateway.core.account import Repeat, Wish
-from gateway.core.flights import Flight
-from gateway.core.graph import Graph, GraphEvent, GraphRequest, Grounding
+from gateway.core.account import HEADER_MODEL, Repeat, Wish
+from gateway.core.flights import Flight, Private
+from gateway.core.graph import Answering, Deadline, Graph, GraphEvent, GraphRequest, Grounding
 from gateway.core.ports import Principal
-from gateway.core.services import Done, Finished, Started
+from gateway.core.services import Abandoned, Done, Finished, Started
 
 if TYPE_CHECKING:
     from gateway.core.serving import Ask
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 HEADER = "x-pressroom-cache"
 _FORMAT = 1  # of what is compared: a new number forgets every entry
 _MAX_WRITING = 32  # entries that are being written at a time; more are not kept
-_CHANGES_NO_ANSWER = frozenset({"priority"})
+_ENOUGH_S = 60.0  # a run that may still take so long, or half as long as oneself has, is good enough to join
+_CHANGES_NO_ANSWER = frozenset({"priority", "usage_id"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,23 @@ class Versions(Protocol):
         ...
 
 
-Fresh = Callable[[Callable[[], None]], AsyncGenerator[GraphEvent]]
-"""Runs the model and keeps the account; calls its argument once the request was admitted."""
+Fresh = Callable[[Callable[[bool], None]], AsyncGenerator[GraphEvent]]
+"""Runs the model and keeps the account; calls its argument before a model is asked: False if it is asked for less."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Led:
+    """A run that can be joined, and for how long and in which class it goes."""
+
+    flight: Flight
+    deadline: Deadline
+    priority: int
+
+    def suits(self, ask: "Ask") -> bool:
+        """Whether that is good enough for the request."""
+        now_s = time.monotonic()
+        left_s, own_s = self.deadline.at_s - now_s, ask.deadline.at_s - now_s
+        return left_s >= min(_ENOUGH_S, own_s / 2) and self.priority >= ask.priority
 
 
 class Repeats:
@@ -78,14 +95,14 @@ class Repeats:
     def __init__(self, versions: Versions, cache: Cache | None = None) -> None:
         self._versions = versions
         self._cache: Cache = cache or NoCache()
-        self._flights: dict[str, Flight] = {}
+        self._led: dict[str, _Led] = {}
         self._writing: set[asyncio.Task[None]] = set()
 
     def run(self, ask: "Ask", graph: Graph, fresh: Fresh) -> AsyncGenerator[GraphEvent]:
         """Streams the answer; the caller closes it in the task that iterates it."""
         wish = ask.account.cache_wish
         if graph.identity is None or not _may_share(ask.requests, wish):
-            return fresh(lambda: None)
+            return fresh(lambda is_as_wanted: None)
         key = key_of(graph.identity, ask.requests)
         if wish is Wish.REFRESH:
             return self._lead(ask, fresh, key, keeps=True, is_joinable=False)
@@ -94,7 +111,7 @@ class Repeats:
     @property
     def running(self) -> Sequence[Flight]:
         """The runs that can be joined."""
-        return tuple(self._flights.values())
+        return tuple(led.flight for led in self._led.values())
 
     async def close(self) -> None:
         """Waits for the entries that are being written."""
@@ -105,21 +122,21 @@ class Repeats:
         self, ask: "Ask", graph: Graph, fresh: Fresh, key: str, *, keeps: bool
     ) -> AsyncGenerator[GraphEvent]:
         while True:
-            flight = await self._flight(graph, key)
+            flight = await self._flight(ask, graph, key)
             if flight is None and keeps:
                 entry = await self._cache.get(key)
                 if entry is not None and entry.model_version == await self._versions.version(graph):
-                    _mark(ask, Repeat.HIT)
+                    _mark(ask, graph, Repeat.HIT)
                     for event in entry.events:
                         yield ask.account.take_repeated(event)
                     return
-                flight = self._flights.get(key)  # of a request that came while we looked
+                flight = await self._flight(ask, graph, key)  # of a request that came while we looked
             if flight is None:
                 async with aclosing(self._lead(ask, fresh, key, keeps=keeps, is_joinable=True)) as events:
                     async for event in events:
                         yield event
                 return
-            _mark(ask, Repeat.SHARED)
+            _mark(ask, graph, Repeat.SHARED)
             num_told = 0
             try:
                 async with aclosing(flight.read(ask.deadline)) as events:
@@ -127,19 +144,23 @@ class Repeats:
                         num_told += 1
                         yield ask.account.take_repeated(event)
                 return
+            except Private:
+                pass
             except PlatformError as error:
                 if num_told or not _is_of_leader(flight, error):
                     raise
-            _mark(ask, Repeat.NO)
+            ask.account.repeat = Repeat.NO
+            del ask.account.answer_headers[HEADER]
 
-    async def _flight(self, graph: Graph, key: str) -> Flight | None:
-        """The run to join, unless another version of the model answers by now."""
-        flight = self._flights.get(key)
-        if flight is not None and (began := _version(flight.events)):
+    async def _flight(self, ask: "Ask", graph: Graph, key: str) -> Flight | None:
+        """The run to join, unless it does not suit or another version of the model answers by now."""
+        led = self._led.get(key)
+        if led is not None and led.suits(ask) and (began := _version(led.flight.events)):
             version = await self._versions.version(graph)
             if version not in (began, None):
-                self._close(key, flight)
-        return self._flights.get(key)
+                self._close(key, led.flight)
+        led = self._led.get(key)
+        return led.flight if led is not None and led.suits(ask) else None
 
     async def _lead(
         self, ask: "Ask", fresh: Fresh, key: str, *, keeps: bool, is_joinable: bool
@@ -148,18 +169,24 @@ class Repeats:
             ask.account.answer_headers[HEADER] = "miss"
 
         async def source(flight: Flight) -> AsyncGenerator[GraphEvent]:
-            def admitted() -> None:
-                flight.is_admitted = True
+            is_whole = True
 
-            async with aclosing(fresh(admitted)) as events:
+            def is_asked(is_as_wanted: bool) -> None:
+                nonlocal is_whole
+                flight.is_admitted = True
+                is_whole = is_as_wanted
+                if not is_as_wanted:
+                    flight.make_private()
+
+            async with aclosing(fresh(is_asked)) as events:
                 async for event in events:
                     yield event
-            if keeps:
+            if keeps and is_whole:
                 self._keep(key, flight.events)
 
         flight = Flight(source, lambda closed: self._close(key, closed))
         if is_joinable:
-            self._flights[key] = flight
+            self._led[key] = _Led(flight, ask.deadline, ask.priority)
         try:
             async with aclosing(flight.read(ask.deadline)) as events:
                 async for event in events:
@@ -170,8 +197,9 @@ class Repeats:
             await flight.ended()
 
     def _close(self, key: str, flight: Flight) -> None:
-        if self._flights.get(key) is flight:
-            del self._flights[key]
+        led = self._led.get(key)
+        if led is not None and led.flight is flight:
+            del self._led[key]
 
     def _keep(self, key: str, events: Sequence[GraphEvent]) -> None:
         version = _version(events)
@@ -217,10 +245,9 @@ def _is_of_leader(flight: Flight, error: PlatformError) -> bool:
     return not flight.is_admitted or error.code is Code.DEADLINE_EXCEEDED
 
 
-def _mark(ask: "Ask", repeat: Repeat) -> None:
+def _mark(ask: "Ask", graph: Graph, repeat: Repeat) -> None:
     ask.account.repeat = repeat
-    if repeat:
-        ask.account.answer_headers[HEADER] = repeat.value
+    ask.account.answer_headers |= {HEADER: repeat.value, HEADER_MODEL: graph.name}
 
 
 def _version(events: Sequence[GraphEvent]) -> str:
@@ -228,9 +255,9 @@ def _version(events: Sequence[GraphEvent]) -> str:
 
 
 def _is_whole(events: Sequence[GraphEvent], version: str) -> bool:
-    """It ended well, said nothing about documents, and one version said all of it."""
+    """It ended well, said nothing about documents, and one version of the model that was asked said all of it."""
     return isinstance(events[-1], Done) and not any(
-        isinstance(event, Grounding)
+        isinstance(event, Grounding | Answering | Abandoned)
         or (isinstance(event, Finished) and event.reason not in ("stop", "length"))
         or (isinstance(event, Started) and event.model_version != version)
         for event in events
