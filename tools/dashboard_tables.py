@@ -648,6 +648,13 @@ WORK = Dashboard(
                     "Alone each gateway counts for itself. What was not given back in time counts as used in full.",
                     12,
                 ),
+                Panel(
+                    "Repeats",
+                    "reqps",
+                    [("sum by (outcome) (rate(pressroom_repeats_total[$__rate_interval]))", "{{outcome}}")],
+                    "Answered from the cache (hit) or from another's run (shared); miss: looked up, not found.",
+                    12,
+                ),
             ],
         ),
     ],

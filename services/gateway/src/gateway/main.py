@@ -48,6 +48,7 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
                 settings.max_body_bytes,
                 settings.max_upload_bytes + _MULTIPART_OVERHEAD_BYTES,
             ),
+            idempotency=state.idempotency,
             routers=state.routers,
         )
     )
@@ -91,6 +92,7 @@ async def _open_state(
         max_upload_bytes=settings.max_upload_bytes,
         max_tenant_upload_bytes=settings.max_tenant_upload_bytes,
         request_timeout_s=settings.request_timeout_s,
+        cache_ttl_s=settings.cache_ttl_s,
         local_limit_share=settings.local_limit_share,
         bus=bus,
         graphs=graphs,

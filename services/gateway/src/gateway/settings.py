@@ -40,6 +40,9 @@ class GatewaySettings(ServiceSettings):
         None, description="Full key, sk-<id>-<secret>, made at the start: tenant default, no request limit."
     )
     bootstrap_admin_key: SecretStr | None = Field(None, description="Full key of an admin, made at the start.")
+    cache_ttl_s: float = Field(
+        3600.0, ge=1, le=7 * 86_400, description="Seconds for which an answer stays in the exact cache."
+    )
     graphs_dir: Path = Field(_GRAPHS_DIR, description="Folder with the declarations of the graphs (*.yaml).")
     request_timeout_s: float = Field(300.0, gt=0, le=3600, description="Most seconds that one request may take.")
     max_running: int = Field(

@@ -17,6 +17,7 @@ from gateway.api.middleware import CLIENT_LEFT
 from gateway.core.account import Account
 from gateway.core.ledger import FinalUsages, settled
 from gateway.core.ports import Ledger, RequestRecord
+from gateway.core.repeats import HEADER
 from gateway.core.services import Usage
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ class Recorder:
             account.error_code = "internal_error"
         if counts_latency:
             measure_latency(account)
+        if HEADER in account.answer_headers:
+            metrics.REPEATS.labels("gateway", account.answer_headers[HEADER]).inc()
         record = account.record(outcome.status or CLIENT_LEFT)
         if record.is_exact or self._finals is None or len(self._asking) >= _MAX_ASKING:
             _tell(account, record)

@@ -226,6 +226,7 @@ def _assembled(graph: Declaration, services: Services) -> Sequenced:
         services.span,
         last.params.model,
         Fallbacks(tuple(graph.fallbacks), graph.first_token_timeout_s),
+        repr(graph.nodes),
     )
 
 

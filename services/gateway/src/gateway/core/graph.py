@@ -197,6 +197,11 @@ class Graph(Protocol):
         ...
 
     @property
+    def identity(self) -> str | None:
+        """What its answers depend on beside the request and the model's version; None where that changes silently."""
+        ...
+
+    @property
     def fallbacks(self) -> Fallbacks:
         """What answers where it cannot."""
         ...
@@ -221,6 +226,7 @@ class Sequenced:
         span: SpanFactory,
         model: str,
         fallbacks: Fallbacks = Fallbacks(),
+        declared: str = "",
     ) -> None:
         self.name = name
         self.fallbacks = fallbacks
@@ -229,6 +235,12 @@ class Sequenced:
         self._steps = tuple(steps)
         self._answer = answer
         self._span = span
+        self._declared = declared  # the whole declaration
+
+    @property
+    def identity(self) -> str | None:
+        """Its declaration; None with steps, which read documents that come and go."""
+        return None if self._steps else f"{self.name} {self._declared}"
 
     @property
     def is_plain(self) -> bool:

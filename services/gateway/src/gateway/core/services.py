@@ -190,6 +190,7 @@ class ServedModel:
     id: str
     created_unix_s: int
     base: str = ""  # the model that an adapter belongs to; empty or its own id for a model
+    version: str = ""  # as Started says it; empty where it has none
 
     @property
     def is_adapter(self) -> bool:
