@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 
 import grpc.aio
 
@@ -13,7 +14,8 @@ from contracts.subjects import STREAMS
 from gateway.api.http import Limits, make_app
 from gateway.backends.embedder import GrpcEmbedder
 from gateway.backends.generator import GrpcGenerator
-from gateway.backends.graph_files import Declaration, Services, assemble, read_graphs
+from gateway.backends.graph_files import Declaration, Services, assemble, check_upstream_keys, read_graphs
+from gateway.backends.openai_upstream import OpenAiUpstream, open_session
 from gateway.backends.retriever import GrpcRetriever
 from gateway.core.graph import GraphError, Sequenced
 from gateway.settings import GatewaySettings
@@ -29,7 +31,16 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
     app.on_close(bus.close)
     peers = _open_peers(app, settings)
     span = telemetry.tracer().start_as_current_span
-    services = Services(peers.generator, peers.embedder, GrpcRetriever(peers.retriever), span)
+    upstreams = open_session()
+    app.on_close(upstreams.close)
+    services = Services(
+        generator=peers.generator,
+        embedder=peers.embedder,
+        retriever=GrpcRetriever(peers.retriever),
+        span=span,
+        upstream=partial(OpenAiUpstream, upstreams),
+        upstream_keys=settings.upstream_keys,
+    )
     state = await _open_state(app, settings, bus, assemble(declarations, services), peers)
     app.mount_http(
         make_app(
@@ -100,6 +111,7 @@ def main() -> int:
     settings = load_settings(GatewaySettings)
     try:
         declarations = read_graphs(settings.graphs_dir)
+        check_upstream_keys(declarations, settings.upstream_keys)
     except GraphError as error:
         print(f"bad configuration: graph {error}. Mend it in GATEWAY_GRAPHS_DIR", file=sys.stderr)
         return EXIT_BAD_CONFIGURATION

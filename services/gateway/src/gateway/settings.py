@@ -1,8 +1,11 @@
 """What the gateway is told by its environment, with the prefix GATEWAY_."""
 
+import json
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import NoDecode
 
 from chassis.settings import ServiceSettings, settings_config
 
@@ -29,9 +32,22 @@ class GatewaySettings(ServiceSettings):
     )
     bootstrap_admin_key: SecretStr | None = Field(None, description="Full key of an admin, made at the start.")
     graphs_dir: Path = Field(_GRAPHS_DIR, description="Folder with the declarations of the graphs (*.yaml).")
+    upstream_keys: Annotated[dict[str, SecretStr], NoDecode] = Field(
+        default_factory=dict, description='JSON object with the keys of upstreams: {"<name in the graphs>": "<key>"}.'
+    )
     request_timeout_s: float = Field(300.0, gt=0, le=3600, description="Most seconds that one request may take.")
     max_body_bytes: int = Field(2 * 1024**2, ge=1024, description="Largest JSON body, in bytes.")
     max_upload_bytes: int = Field(64 * 1024**2, ge=1024, description="Largest uploaded file, in bytes.")
     max_tenant_upload_bytes: int = Field(
         4 * 1024**3, ge=1024, description="Most bytes that one tenant may keep in /v1/files."
     )
+
+    @field_validator("upstream_keys", mode="before")
+    @classmethod
+    def _parsed(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError("is no JSON object") from None  # the parser's own error would hold the text

@@ -3,18 +3,20 @@
 Every mistake is a GraphError that names the file and the field, so that the process exits before a port opens.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag, ValidationError, field_validator
 
-from gateway.core.graph import Answer, GraphError, Node, Sequenced, SpanFactory, Step, check_sequence
+from gateway.backends.openai_request import Dialect, MaxTokensField
+from gateway.backends.openai_upstream import Endpoint
+from gateway.core.graph import Answer, GraphError, Node, Price, Sequenced, SpanFactory, Step, check_sequence
 from gateway.core.graph_nodes import Encode, Generate, GenerateGrounded, Grounded, Retrieve
-from gateway.core.services import Embedder, Generator, Retriever
+from gateway.core.services import Completer, Embedder, Generator, Retriever
 
 _BLOCKS_TO_COME = ("ensemble", "router", "shadow")
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -28,6 +30,8 @@ class Services:
     embedder: Embedder
     retriever: Retriever
     span: SpanFactory
+    upstream: Callable[[Endpoint], Completer] | None = None  # None: no graph may ask one
+    upstream_keys: Mapping[str, SecretStr] = field(default_factory=dict)  # by the names that declarations use
 
 
 class _Declared(BaseModel):
@@ -118,7 +122,52 @@ class _GenerateNode(_Declared):
         return Generate if isinstance(self.params, _GenerateParams) else GenerateGrounded
 
 
-_Node = Annotated[_EncodeNode | _RetrieveNode | _GenerateNode, Field(discriminator="service")]
+class _Price(_Declared):
+    """What a million tokens cost, in the currency."""
+
+    input: float = Field(ge=0, le=1e6)
+    output: float = Field(ge=0, le=1e6)
+
+    def as_data(self) -> Price:
+        return Price(round(self.input * 1e6), round(self.output * 1e6))
+
+
+class _UpstreamParams(_Declared):
+    base_url: str = Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
+    model: str = Field(min_length=1)
+    key: str | None = Field(None, pattern=_NAME)
+    timeout_s: float = Field(300.0, gt=0, le=3600)
+    first_byte_timeout_s: float = Field(60.0, gt=0, le=3600)
+    price: _Price | None = None
+    max_tokens_field: MaxTokensField = "max_tokens"
+    extensions: bool = False
+
+
+class _UpstreamNode(_Declared):
+    id: str = Field(pattern=_NAME)
+    service: Literal["openai"]
+    call: Literal["complete"]
+    params: _UpstreamParams
+
+    def kind(self) -> type[Node]:
+        return Generate
+
+    def endpoint(self, keys: Mapping[str, SecretStr]) -> Endpoint:
+        """The server; raises GraphError where its key is not there."""
+        params = self.params
+        if params.key is not None and params.key not in keys:
+            raise GraphError(f"params.key: there is no key {params.key!r} in GATEWAY_UPSTREAM_KEYS")
+        return Endpoint(
+            name=self.id,
+            base_url=params.base_url.rstrip("/"),
+            key=keys[params.key] if params.key is not None else None,
+            timeout_s=params.timeout_s,
+            first_byte_timeout_s=params.first_byte_timeout_s,
+            dialect=Dialect(params.extensions, params.max_tokens_field),
+        )
+
+
+_Node = Annotated[_EncodeNode | _RetrieveNode | _GenerateNode | _UpstreamNode, Field(discriminator="service")]
 
 
 class Declaration(_Declared):
@@ -181,7 +230,7 @@ def _refuse_blocks_to_come(file: Path, content: Mapping[str, Any]) -> None:
                 )
 
 
-_UNION_TAGS = ("embedder", "retriever", "generator", "plain", "grounded")
+_UNION_TAGS = ("embedder", "retriever", "generator", "openai", "plain", "grounded")
 
 
 def _field(loc: tuple[int | str, ...]) -> str:
@@ -195,6 +244,17 @@ def _field(loc: tuple[int | str, ...]) -> str:
     return path or "file"
 
 
+def check_upstream_keys(declarations: Sequence[Declaration], keys: Mapping[str, SecretStr]) -> None:
+    """Raises GraphError for an upstream whose key is not there; for before a port opens."""
+    for graph in declarations:
+        for place, node in enumerate(graph.nodes):
+            if isinstance(node, _UpstreamNode):
+                try:
+                    node.endpoint(keys)
+                except GraphError as error:
+                    raise GraphError(f"{graph.name}: nodes[{place}].{error}") from error
+
+
 def assemble(declarations: Sequence[Declaration], services: Services) -> dict[str, Sequenced]:
     """Puts the graphs together, by name."""
     return {declared.name: _assembled(declared, services) for declared in declarations}
@@ -202,17 +262,24 @@ def assemble(declarations: Sequence[Declaration], services: Services) -> dict[st
 
 def _assembled(graph: Declaration, services: Services) -> Sequenced:
     *before, last = graph.nodes
-    assert isinstance(last, _GenerateNode)  # check_sequence saw to it
     steps = [_step(node, services) for node in before]
+    if isinstance(last, _UpstreamNode):
+        if services.upstream is None:
+            raise GraphError(f"{graph.name}: nothing is here to ask an upstream with")
+        upstream = services.upstream(last.endpoint(services.upstream_keys))
+        price = last.params.price.as_data() if last.params.price else None
+        answer = Generate(last.id, upstream, last.params.model)
+        return Sequenced(graph.name, graph.description, steps, answer, services.span, None, price)
+    assert isinstance(last, _GenerateNode)  # check_sequence saw to it
     return Sequenced(
         graph.name, graph.description, steps, _answer(last, services.generator), services.span, last.params.model
     )
 
 
-def _step(node: _EncodeNode | _RetrieveNode | _GenerateNode, services: Services) -> Step:
-    assert not isinstance(node, _GenerateNode)
+def _step(node: _Node, services: Services) -> Step:
     if isinstance(node, _EncodeNode):
         return Encode(node.id, services.embedder, node.params.model)
+    assert isinstance(node, _RetrieveNode)  # check_sequence saw to it: the others stream, and so end a graph
     params = node.params
     return Retrieve(node.id, services.retriever, params.collection, params.top_k, params.min_score)
 

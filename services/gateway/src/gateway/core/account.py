@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from chassis.errors import Code, PlatformError
 from gateway.core.graph import GraphEvent, Grounding
 from gateway.core.ports import Principal, RequestRecord
-from gateway.core.services import Delta, Done, Finished, Started, Usage
+from gateway.core.services import Delta, Done, Finished, Started, ToolCallDelta, Usage
 
 MAX_KEPT_TEXT_CHARS = 32_768  # of prompt and of completion each, for the tenants that allow text
 
@@ -35,6 +35,7 @@ class Account:
     _last_content_s: float = 0.0
     _prompt_tokens: int = 0
     _num_streamed: int = 0
+    _is_estimate: bool = False
     _usage: Usage | None = None
     _completion: list[str] = field(default_factory=list, repr=False)
     _completion_chars: int = 0
@@ -48,8 +49,10 @@ class Account:
         match event:
             case Delta():
                 self.produced(event.num_tokens, event.text)
+            case ToolCallDelta():
+                self.produced(event.num_tokens, event.arguments or event.name)
             case Started():
-                self.prompt_known(event.prompt_tokens)
+                self.prompt_known(event.prompt_tokens, is_estimate=event.is_estimate)
             case Done():
                 self.done(event.usage)
             case Grounding():
@@ -63,9 +66,10 @@ class Account:
             case Finished():
                 self.finish_reason = event.reason
 
-    def prompt_known(self, num_tokens: int) -> None:
+    def prompt_known(self, num_tokens: int, *, is_estimate: bool = False) -> None:
         """The prompt was admitted with so many tokens."""
         self._prompt_tokens += num_tokens
+        self._is_estimate |= is_estimate
 
     def produced(self, num_tokens: int, text: str) -> None:
         """So many tokens came, and this text."""
@@ -87,7 +91,7 @@ class Account:
     @property
     def usage(self) -> Usage:
         """The exact usage; before the end, what has been counted so far."""
-        return self._usage or Usage(self._prompt_tokens, self._num_streamed)
+        return self._usage or Usage(self._prompt_tokens, self._num_streamed, is_estimate=self._is_estimate)
 
     @property
     def ttft_s(self) -> float:

@@ -149,15 +149,31 @@ class Graph(Protocol):
 SpanFactory = Callable[[str], AbstractContextManager[object]]
 
 
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a million tokens cost, in millionths of the currency."""
+
+    input_micros: int
+    output_micros: int
+
+
 class Sequenced:
     """A graph whose nodes run one after the other."""
 
     def __init__(
-        self, name: str, description: str, steps: Sequence[Step], answer: Answer, span: SpanFactory, model: str
+        self,
+        name: str,
+        description: str,
+        steps: Sequence[Step],
+        answer: Answer,
+        span: SpanFactory,
+        model: str | None,
+        price: Price | None = None,
     ) -> None:
         self.name = name
         self.description = description
-        self.model = model  # the generator's model that answers in the end
+        self.model = model  # the generator's model that answers in the end; None: an upstream answers
+        self.price = price  # as its declaration tells it
         self._steps = tuple(steps)
         self._answer = answer
         self._span = span
