@@ -8,7 +8,7 @@ usage: python3 tools/side_env.py checks    .venv-checks: kubectl, kubernetes-val
 
 Environments of their own, since each pins a hundred packages that the services need others of. checks: one to two
 minutes and 460 MB, of which kubernetes-validate's schemas and numpy are nearly half. vllm: two to five minutes,
-3.3 GB. peers-openvino: half a minute, 300 MB. peers-llamacpp: seconds, 130 MB. peers-gateway: a minute, FIXME MB.
+3.3 GB. peers-openvino: half a minute, 300 MB. peers-llamacpp: seconds, 130 MB. peers-gateway: a minute, 840 MB.
 All end at once when nothing has changed.
 """
 

@@ -1,7 +1,7 @@
 """`make bench-gateway`: the gateway beside LiteLLM's proxy and Envoy, in front of one mock, in turns on two cores.
 
 PYTHONPATH=tools python -m bench_gateway --rounds 5
-PYTHONPATH=tools python -m bench_gateway --doors gateway --mock FILE.py
+PYTHONPATH=tools python -m bench_gateway --doors gateway --mock FILE.py --keep-alive
 """
 
 import argparse
@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from bench_engine import machine
@@ -85,12 +86,9 @@ def _measure(options: argparse.Namespace, names: tuple[str, ...]) -> Results:
     if options.idle:
         with opened(names, options.mock, _IDLE_PACE_S) as doors:
             for door in doors[1:]:
-                measured = while_idle(
-                    Client(door.target),
-                    num_streams=options.idle,
-                    measure=lambda door=door: float(machine.memory_bytes(door.pids)),
-                )
-                results.idle[door.name] = asyncio.run(measured)
+                memory = partial(machine.memory_bytes, door.pids)
+                idling = while_idle(Client(door.target), num_streams=options.idle, measure=memory)
+                results.idle[door.name] = asyncio.run(idling)
                 tell(f"idle, {door.name}: {results.idle[door.name]}")
     return results
 

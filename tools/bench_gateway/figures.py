@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bench_gateway.load import Run
+from bench_gateway.load import Answer, Run
 
 MAX_TTFT_P50_S, MAX_TTFT_P99_S = 0.002, 0.010
 LEAST_RATIO = 6.0
@@ -63,7 +63,7 @@ class Results:
         return [a.error for level in self.levels for turn in level.turns[door] for a in turn.run.answers if a.error]
 
 
-def _answers(level: Level, door: str) -> list:
+def _answers(level: Level, door: str) -> list[Answer]:
     return [answer for turn in level.turns[door] for answer in turn.run.whole]
 
 

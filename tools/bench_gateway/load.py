@@ -5,6 +5,8 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 from urllib.parse import urlsplit
 
 _TIMEOUT_S = 60.0
@@ -114,7 +116,7 @@ class Client:
             writer.close()
 
 
-def _events(received: bytes) -> list[dict]:
+def _events(received: bytes) -> list[dict[str, Any]]:
     lines = (line[5:].strip() for line in received.split(b"\n")[:-1] if line.startswith(b"data:"))
     return [json.loads(line) for line in lines if line.startswith(b"{")]
 
@@ -150,14 +152,13 @@ async def while_idle(client: Client, *, num_streams: int, measure: Callable[[], 
     Returns what was measured and how many streams stood.
     """
     begun: set[int] = set()
-    tasks = [asyncio.create_task(client.ask(lambda number=number: begun.add(number))) for number in range(num_streams)]
+    tasks = [asyncio.create_task(client.ask(partial(begun.add, number))) for number in range(num_streams)]
     try:
         for _ in range(int(_TIMEOUT_S * 5)):
             await asyncio.sleep(0.2)
             if len(begun) == num_streams or all(task.done() for task in tasks):
                 break
-        num_standing = len(begun) - sum(task.done() for task in tasks)
-        return measure(), num_standing
+        return measure(), sum(number in begun and not task.done() for number, task in enumerate(tasks))
     finally:
         for task in tasks:
             task.cancel()

@@ -15,7 +15,7 @@ HEAD = {"id": "chatcmpl-mock", "created": 1, "model": "mock"}
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-def _event(delta: dict, finish_reason: str | None, **rest: object) -> bytes:
+def _event(delta: dict[str, str], finish_reason: str | None, **rest: object) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
     chunk = HEAD | {"object": "chat.completion.chunk", "choices": [choice]} | rest
     return _framed(b"data: " + json.dumps(chunk).encode() + b"\n\n")
