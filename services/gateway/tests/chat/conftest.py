@@ -14,10 +14,13 @@ from starlette.types import ASGIApp
 from chassis.errors import Code, PlatformError
 from chassis.telemetry import tracer
 from gateway.api.http import Limits, make_app
-from gateway.api.middleware_account import Recorder
+from gateway.api.settlement import Recorder
 from gateway.backends.graph_files import Services, assemble, read_graphs
 from gateway.core.catalog import Catalog
 from gateway.core.finetuning import TunedModel
+from gateway.core.limiting import Limiting, PlatformLimits
+from gateway.core.limits import LocalLimiter
+from gateway.core.policy import Limit
 from gateway.core.ports import LimitState, Principal, RequestRecord
 from gateway.core.services import (
     Chat,
@@ -37,6 +40,7 @@ from gateway.core.services import (
     Usage,
 )
 from gateway.core.serving import Serving
+from gateway.core.sizing import Sizes
 from testkit import free_port
 
 GRAPHS_DIR = Path(__file__).parents[2] / "src" / "gateway" / "graphs"
@@ -176,6 +180,9 @@ class FakeEmbedder:
             )
         return Embedded(tuple([count / 8, 0.5, -0.25][: dimensions or 3] for count in counts), sum(counts))
 
+    async def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float) -> Sequence[int]:
+        return [len(text.split()) for text in texts]
+
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:
         return [ServedModel("all-minilm-l6-v2", 1_600_000_000)]
 
@@ -237,6 +244,19 @@ class FakeLimiter:
         return LimitState(count <= limit, limit, max(0, limit - count), 61.5)
 
 
+class FakeLimitStore:
+    """The platform's limits."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Limit, ...] = ()
+
+    async def limits(self) -> tuple[Limit, ...]:
+        return self.kept
+
+    async def set_limits(self, limits: Sequence[Limit]) -> None:
+        self.kept = tuple(limits)
+
+
 class FakeLedger:
     """Keeps records in a list."""
 
@@ -262,6 +282,9 @@ class World:
     ledger: FakeLedger
     tuned: FakeTunedModels
     catalog: Catalog
+    keys: FakeKeys
+    limiter: LocalLimiter
+    platform_limits: PlatformLimits
 
     def client(self, key: str | None = KEY) -> httpx.AsyncClient:
         """An HTTP client that talks to the application in this process."""
@@ -285,17 +308,20 @@ def world() -> World:
     generator, embedder, retriever, ledger = FakeGenerator(), FakeEmbedder(), FakeRetriever(), FakeLedger()
     tuned = FakeTunedModels()
     services = Services(generator, embedder, retriever, tracer().start_as_current_span)
-    catalog = Catalog(assemble(read_graphs(GRAPHS_DIR), services), generator, embedder, tuned)
+    graphs = assemble(read_graphs(GRAPHS_DIR), services)
+    catalog = Catalog(graphs, generator, embedder, tuned)
+    keys, limiter, platform_limits = FakeKeys(), LocalLimiter(), PlatformLimits(FakeLimitStore())
+    limiting = Limiting(limiter, Sizes(graphs, generator, embedder), platform_limits, lambda meter: None)
     app = make_app(
         catalog=catalog,
-        serving=Serving(catalog),
+        serving=Serving(catalog, stages=(limiting,)),
         embedder=embedder,
-        keys=FakeKeys(),
+        keys=keys,
         limiter=FakeLimiter(),
         recorder=Recorder(ledger),
         limits=Limits(timeout_s=30.0, max_body_bytes=64 * 1024, max_upload_bytes=1024 * 1024),
     )
-    return World(app, generator, embedder, retriever, ledger, tuned, catalog)
+    return World(app, generator, embedder, retriever, ledger, tuned, catalog, keys, limiter, platform_limits)
 
 
 @pytest.fixture

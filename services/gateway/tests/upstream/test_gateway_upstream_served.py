@@ -10,14 +10,19 @@ from pydantic import SecretStr
 from chassis.telemetry import tracer
 from gateway import main
 from gateway.api.http import Limits, make_app
-from gateway.api.middleware_account import Recorder
+from gateway.api.settlement import Recorder
 from gateway.backends.graph_files import Services, assemble, check_upstream_keys, read_graphs
 from gateway.backends.openai_upstream import OpenAiUpstream
 from gateway.core.catalog import Catalog
-from gateway.core.graph import GraphError, Price
+from gateway.core.account import Account
+from gateway.core.graph import Deadline, GraphError, GraphRequest
+from gateway.core.money import Bound, Price, PriceEntry, put_declared
 from gateway.core.limits import LocalLimiter
 from gateway.core.ports import Principal
-from gateway.core.serving import Serving
+from gateway.core.services import Chat, Message, Stopping
+from gateway.core.serving import Ask, Serving
+from gateway.core.sizes import RequestSizes
+from gateway.core.sizing import Sizes
 from gateway.settings import GatewaySettings
 
 from .conftest import KEY, chunk, usage
@@ -147,10 +152,51 @@ async def test_tool_calls_of_the_upstream_come_out_as_ours(client, server, strea
     assert choices[-1]["finish_reason"] == "tool_calls"
 
 
-async def test_an_estimated_usage_says_so(client, server):
+async def test_an_estimated_usage_says_so(client, server, world):
     server.says(chunk(content="a", finish="stop"))
     response = await client.post("/v1/chat/completions", json=ASK)
     assert response.json()["usage"]["is_estimate"] is True
+
+    assert not world.records[0].is_exact
+
+
+async def test_an_interrupted_answer_is_accounted_as_an_estimate(client, server, world):
+    server.says(chunk(content="a"), chunk(content="b"), done=False)
+    await client.post("/v1/chat/completions", json=ASK | {"stream": True})
+    (record,) = world.records
+    assert (record.prompt_tokens, record.completion_tokens, record.is_exact) == (3, 2, False)
+
+
+async def test_limits_and_budgets_reserve_by_bytes_and_the_declared_context(graphs, world):
+    ask = Ask(
+        Principal("one", "acme"),
+        Account("r", "t", "", "/v1/chat/completions", Principal("one", "acme")),
+        Deadline.after(10),
+        "vendor-large",
+        requests=(GraphRequest(Chat((Message("user", "x" * 1000),)), "acme", stopping=Stopping(50), n=2),),
+    )
+    bound = await RequestSizes(Catalog(graphs, world, world, world), world).bound(ask)
+    assert 1000 < bound.prompt_tokens < 1400 and bound.completion_tokens == 100
+    assert (await Sizes(graphs, world, world).bound(ask)).most == bound.prompt_tokens + 100
+    ask.requests = (GraphRequest("x" * 1_000_000, "acme"),)
+    assert await RequestSizes(Catalog(graphs, world, world, world), world).bound(ask) == Bound(131_072, 131_072)
+
+
+async def test_a_declared_price_is_put_in_force_where_another_one_is():
+    class Prices:
+        entries = [PriceEntry("same", 1, Price(1, 1, 1)), PriceEntry("other", 1, Price(1, 1, 1))]  # noqa: RUF012
+
+        async def all(self):
+            return self.entries
+
+        async def put(self, entry, now_unix_ms):
+            self.entries = [*self.entries, entry]
+
+    prices = Prices()
+    declared = {name: Price(2, 2, 2) if name != "same" else Price(1, 1, 1) for name in ("same", "other", "new")}
+    for _ in range(2):
+        await put_declared(prices, declared, 50)
+    assert [(one.model, one.effective_unix_ms) for one in prices.entries[2:]] == [("other", 50), ("new", 50)]
 
 
 async def test_completions_with_an_echo_work(client, server):
@@ -177,7 +223,7 @@ async def test_it_is_listed_and_cannot_be_finetuned(client, graphs):
     listed = (await client.get("/v1/models")).json()["data"]
     assert [model["id"] for model in listed] == ["vendor-large"]
     assert not graphs["vendor-large"].is_plain
-    assert graphs["vendor-large"].price == Price(150_000, 600_000)
+    assert graphs["vendor-large"].upstream.price == Price(150_000, 150_000, 600_000)
 
 
 BAD_PARAMS = [

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag
 
 from gateway.backends.openai_request import Dialect, MaxTokensField
 from gateway.backends.openai_upstream import Endpoint
-from gateway.core.graph import Answer, GraphError, Node, Price, Sequenced, SpanFactory, Step, check_sequence
+from gateway.core.graph import Answer, GraphError, Node, Sequenced, SpanFactory, Step, Upstream, check_sequence
 from gateway.core.graph_nodes import Encode, Generate, GenerateGrounded, Grounded, Retrieve
+from gateway.core.money import Price
 from gateway.core.services import Completer, Embedder, Generator, Retriever
 
 _BLOCKS_TO_COME = ("ensemble", "router", "shadow")
@@ -126,10 +127,12 @@ class _Price(_Declared):
     """What a million tokens cost, in the currency."""
 
     input: float = Field(ge=0, le=1e6)
+    cached_input: float | None = Field(None, ge=0, le=1e6)
     output: float = Field(ge=0, le=1e6)
 
     def as_data(self) -> Price:
-        return Price(round(self.input * 1e6), round(self.output * 1e6))
+        cached = self.input if self.cached_input is None else self.cached_input
+        return Price(round(self.input * 1e6), round(cached * 1e6), round(self.output * 1e6))
 
 
 class _UpstreamParams(_Declared):
@@ -138,6 +141,7 @@ class _UpstreamParams(_Declared):
     key: str | None = Field(None, pattern=_NAME)
     timeout_s: float = Field(300.0, gt=0, le=3600)
     first_byte_timeout_s: float = Field(60.0, gt=0, le=3600)
+    context_length: int = Field(131_072, ge=1, le=2**31)
     price: _Price | None = None
     max_tokens_field: MaxTokensField = "max_tokens"
     extensions: bool = False
@@ -268,8 +272,9 @@ def _assembled(graph: Declaration, services: Services) -> Sequenced:
             raise GraphError(f"{graph.name}: nothing is here to ask an upstream with")
         upstream = services.upstream(last.endpoint(services.upstream_keys))
         price = last.params.price.as_data() if last.params.price else None
+        told = Upstream(last.params.context_length, price)
         answer = Generate(last.id, upstream, last.params.model)
-        return Sequenced(graph.name, graph.description, steps, answer, services.span, None, price)
+        return Sequenced(graph.name, graph.description, steps, answer, services.span, last.params.model, told)
     assert isinstance(last, _GenerateNode)  # check_sequence saw to it
     return Sequenced(
         graph.name, graph.description, steps, _answer(last, services.generator), services.span, last.params.model

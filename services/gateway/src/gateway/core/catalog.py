@@ -29,14 +29,14 @@ class Tuned:
 
     def __init__(self, base: Sequenced, model: TunedModel) -> None:
         self.name = model.model_id
-        self._base = base
+        self.base = base
         self._model = model
 
     async def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Walks the base's graph; the caller closes it in the task that iterates it."""
         # The generator is asked even where no job has told its end yet: it serves a model a moment before we hear it.
         try:
-            async with aclosing(self._base.run(replace(request, adapter=self.name), deadline)) as events:
+            async with aclosing(self.base.run(replace(request, adapter=self.name), deadline)) as events:
                 async for event in events:
                     yield event
         except PlatformError as error:
@@ -80,6 +80,14 @@ class Catalog:
                 return Tuned(base, model)
         raise model_not_found(name)
 
+    async def declared(self, name: str, tenant: str) -> Sequenced:
+        """The graph as it was declared; that of its base for a tuned model."""
+        graph = await self.graph(name, tenant)
+        if isinstance(graph, Tuned):
+            graph = graph.base
+        assert isinstance(graph, Sequenced)
+        return graph
+
     async def check_answers(self, name: str, tenant: str) -> None:
         """Raises NOT_FOUND unless the tenant can ask the model, or will be able to in a moment."""
         if name in self._graphs:
@@ -95,7 +103,7 @@ class Catalog:
             return
         await self.refresh()
         encoders = {model.id for model in self._known["embedder"]}
-        if graph is not None and graph.model is None:
+        if graph is not None and graph.upstream is not None:
             why = "is served by another server"
         elif graph is not None:
             why = f"is a graph over {graph.model!r}: fine-tune that model"
@@ -133,7 +141,7 @@ class Catalog:
 
     def _base(self, name: str) -> str:
         graph = self._graphs.get(name)
-        return (graph.model if graph else None) or name
+        return graph.model if graph and graph.upstream is None else name
 
     async def _refresh(self, service: str, ask: Callable[[], Awaitable[Sequence[ServedModel]]]) -> None:
         try:

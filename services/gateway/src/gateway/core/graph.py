@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import ClassVar, Protocol
 
 from chassis.errors import Code, PlatformError
+from gateway.core.money import Price
 from gateway.core.services import (
     Chat,
     GenerationEvent,
@@ -63,6 +64,7 @@ class GraphRequest:
     collection: str | None = None  # None: the one that the graph declares
     adapter: str = ""  # the adapter that its model answers through, where the graph is a plain one
     priority: int = 0  # scheduling class in the generator: higher runs first
+    usage_id: str = ""  # what the generator accounts it under; Serving fills it in
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,11 +152,11 @@ SpanFactory = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True, slots=True)
-class Price:
-    """What a million tokens cost, in millionths of the currency."""
+class Upstream:
+    """What its declaration tells of a server elsewhere that answers a graph."""
 
-    input_micros: int
-    output_micros: int
+    context_length: int  # of prompt and completion together, in tokens
+    price: Price | None = None
 
 
 class Sequenced:
@@ -167,13 +169,13 @@ class Sequenced:
         steps: Sequence[Step],
         answer: Answer,
         span: SpanFactory,
-        model: str | None,
-        price: Price | None = None,
+        model: str,
+        upstream: Upstream | None = None,
     ) -> None:
         self.name = name
         self.description = description
-        self.model = model  # the generator's model that answers in the end; None: an upstream answers
-        self.price = price  # as its declaration tells it
+        self.model = model  # that answers in the end: the generator's, or the upstream's
+        self.upstream = upstream  # None: the generator answers
         self._steps = tuple(steps)
         self._answer = answer
         self._span = span
@@ -181,7 +183,12 @@ class Sequenced:
     @property
     def is_plain(self) -> bool:
         """It is a model of the generator under its own name and nothing else: what adapters can be made for."""
-        return not self._steps and self.name == self.model
+        return self.passes_prompt and self.upstream is None and self.name == self.model
+
+    @property
+    def passes_prompt(self) -> bool:
+        """Its model reads the prompt as the client sent it."""
+        return not self._steps
 
     async def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Walks the graph; the caller closes it (contextlib.aclosing) in the task that iterates it."""

@@ -93,6 +93,7 @@ class Generation:
     grammar: Grammar | ToolCalls | None = None
     adapter: str = ""  # answers through it; empty: the model itself
     priority: int = 0  # higher runs first
+    usage_id: str = ""  # what it is accounted under; several calls may share one
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +277,10 @@ class Embedder(Protocol):
         timeout_s: float,
     ) -> Embedded:
         """Embeds texts or token lists; OUT_OF_RANGE with the numbers where one is too long and truncate is False."""
+        ...
+
+    async def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float) -> Sequence[int]:
+        """Counts the tokens of each text, special ones included."""
         ...
 
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:
