@@ -13,11 +13,11 @@ from gateway.api.http import Limits, make_app
 from gateway.api.settlement import Recorder
 from gateway.backends.graph_files import Services, assemble, check_upstream_keys, read_graphs
 from gateway.backends.openai_upstream import OpenAiUpstream
-from gateway.core.catalog import Catalog
 from gateway.core.account import Account
+from gateway.core.catalog import Catalog
 from gateway.core.graph import Deadline, GraphError, GraphRequest
-from gateway.core.money import Bound, Price, PriceEntry, put_declared
 from gateway.core.limits import LocalLimiter
+from gateway.core.money import Bound, Price, PriceEntry, put_declared
 from gateway.core.ports import Principal
 from gateway.core.services import Chat, Message, Stopping
 from gateway.core.serving import Ask, Serving
