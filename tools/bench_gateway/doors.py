@@ -117,7 +117,12 @@ class Gateway(_HttpServer):
     def limited_key(self) -> str:
         """A key whose limits are counted with every request and never reached."""
         headers = {"authorization": f"Bearer {self.admin_key}"}
-        body = {"tenant": "bench", "rpm": 1_000_000}
+        limits = [
+            {"counted": "tokens", "amount": 10**9, "algorithm": "token_bucket"},
+            {"counted": "concurrency", "amount": 10_000},
+        ]
+        budget = {"amount": 1_000_000, "period": "month"}
+        body = {"tenant": "bench", "rpm": 1_000_000, "policy": {"limits": limits, "budget": budget}}
         response = httpx.post(f"{self.url}/admin/keys", json=body, headers=headers, trust_env=False)
         response.raise_for_status()
         return str(response.json()["key"])
