@@ -6,7 +6,7 @@ main.py calls open_state once and adds what comes back to the app; it knows noth
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from gateway.backends import events
 from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
 from gateway.backends.evaluator_tasks import EvaluatorTasks
-from gateway.backends.gateway_metrics import count_refusal
+from gateway.backends.gateway_metrics import count_fallback, count_refusal
 from gateway.backends.monitor_profiles import MonitorProfiles
 from gateway.backends.oidc import OidcVerifier
 from gateway.backends.retriever_documents import RetrieverDocuments
@@ -70,7 +70,7 @@ from gateway.core.limits import LocalLimiter
 from gateway.core.money import put_declared
 from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.services import Embedder, Generator
-from gateway.core.serving import Serving
+from gateway.core.serving import NoStage, Serving, Stage
 from gateway.core.sizes import RequestSizes
 from gateway.core.sizing import Sizes
 from gateway.core.tokens import Credentials, Tokens
@@ -90,6 +90,7 @@ class Peers:
     trainer: grpc.aio.Channel
     evaluator: grpc.aio.Channel
     monitor: grpc.aio.Channel
+    admission: Stage = field(default_factory=NoStage)  # leads requests to generator and embedder
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,12 @@ async def open_state(
     platform_limits = PlatformLimits(SqliteLimits(database))
     await platform_limits.refresh()
     limiting = Limiting(limiter, Sizes(graphs, peers.generator, peers.embedder), platform_limits, count_refusal)
-    serving = Serving(catalog, stages=(limiting, StartRecords(ledger, RequestSizes(catalog, peers.generator))))
+    serving = Serving(
+        catalog,
+        stages=(limiting, StartRecords(ledger, RequestSizes(catalog, peers.generator))),
+        admission=peers.admission,
+        on_fallback=count_fallback,
+    )
     prices = SqlitePrices(database)
     declared = {name: graph.upstream.price for name, graph in graphs.items() if graph.upstream and graph.upstream.price}
     await put_declared(prices, declared, int(time.time() * 1000))

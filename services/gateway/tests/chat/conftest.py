@@ -39,7 +39,7 @@ from gateway.core.services import (
     TopLogprob,
     Usage,
 )
-from gateway.core.serving import Serving
+from gateway.core.serving import NoStage, Serving, Stage
 from gateway.core.sizing import Sizes
 from testkit import free_port
 
@@ -69,10 +69,15 @@ class FakeGenerator:
     adapters: set[str] = field(default_factory=set)
     context_length: int = CONTEXT_LENGTH
     script: str | None = None  # says this, three characters a token, and knows grammars
+    timeouts_s: list[float] = field(default_factory=list)
+    next_errors: list[Exception] = field(default_factory=list)  # what the next calls fail with, at once
 
     async def generate(self, call: Generation, *, timeout_s: float) -> AsyncGenerator[GenerationEvent]:
         assert timeout_s > 0
         self.calls.append(call)
+        self.timeouts_s.append(timeout_s)
+        if self.next_errors:
+            raise self.next_errors.pop(0)
         if call.model != "smollm2-135m-instruct":
             raise PlatformError(Code.NOT_FOUND, "unknown model", param="model", reason="model_not_found")
         if call.adapter and call.adapter not in self.adapters:
@@ -218,10 +223,11 @@ class FakeTunedModels:
 class FakeKeys:
     """Two keys; the second may send two requests."""
 
-    principals = {  # noqa: RUF012
-        KEY: Principal("one", "acme", allows_text=True),
-        LIMITED_KEY: Principal("two", "other", requests_per_minute=2),
-    }
+    def __init__(self) -> None:
+        self.principals = {
+            KEY: Principal("one", "acme", allows_text=True),
+            LIMITED_KEY: Principal("two", "other", requests_per_minute=2),
+        }
 
     async def authenticate(self, key: str) -> Principal:
         try:
@@ -304,17 +310,34 @@ def limited_key() -> str:
 
 
 @pytest.fixture
-def world() -> World:
+def keys() -> FakeKeys:
+    return FakeKeys()
+
+
+@pytest.fixture
+def graphs_dir() -> Path:
+    """Of the graphs that the application serves; a test module may give its own."""
+    return GRAPHS_DIR
+
+
+@pytest.fixture
+def admission() -> Stage:
+    """The last stage of the application; a test module may give its own."""
+    return NoStage()
+
+
+@pytest.fixture
+def world(keys: FakeKeys, graphs_dir: Path, admission: Stage) -> World:
     generator, embedder, retriever, ledger = FakeGenerator(), FakeEmbedder(), FakeRetriever(), FakeLedger()
     tuned = FakeTunedModels()
     services = Services(generator, embedder, retriever, tracer().start_as_current_span)
-    graphs = assemble(read_graphs(GRAPHS_DIR), services)
+    graphs = assemble(read_graphs(graphs_dir), services)
     catalog = Catalog(graphs, generator, embedder, tuned)
-    keys, limiter, platform_limits = FakeKeys(), LocalLimiter(), PlatformLimits(FakeLimitStore())
+    limiter, platform_limits = LocalLimiter(), PlatformLimits(FakeLimitStore())
     limiting = Limiting(limiter, Sizes(graphs, generator, embedder), platform_limits, lambda meter: None)
     app = make_app(
         catalog=catalog,
-        serving=Serving(catalog, stages=(limiting,)),
+        serving=Serving(catalog, stages=(limiting,), admission=admission),
         embedder=embedder,
         keys=keys,
         limiter=FakeLimiter(),

@@ -115,7 +115,7 @@ def upstream(server, session):
     def make(*, extensions: bool = False, key: str | None = KEY, timeout_s=10.0, first_byte_timeout_s=10.0, url=None):
         secret = SecretStr(key) if key else None
         dialect = Dialect(extensions)
-        endpoint = Endpoint("vendor", url or server.url, secret, timeout_s, first_byte_timeout_s, dialect)
+        endpoint = Endpoint("vendor", url or server.url, secret, timeout_s, first_byte_timeout_s, 8, dialect)
         return OpenAiUpstream(session, endpoint)
 
     return make

@@ -10,11 +10,31 @@ from string import Template
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, SecretStr, Tag, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SecretStr,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gateway.backends.openai_request import Dialect, MaxTokensField
 from gateway.backends.openai_upstream import Endpoint
-from gateway.core.graph import Answer, GraphError, Node, Sequenced, SpanFactory, Step, Upstream, check_sequence
+from gateway.core.graph import (
+    Answer,
+    Fallbacks,
+    GraphError,
+    Node,
+    Sequenced,
+    SpanFactory,
+    Step,
+    Upstream,
+    check_sequence,
+)
 from gateway.core.graph_nodes import Encode, Generate, GenerateGrounded, Grounded, Retrieve
 from gateway.core.money import Price
 from gateway.core.services import Completer, Embedder, Generator, Retriever
@@ -141,6 +161,7 @@ class _UpstreamParams(_Declared):
     key: str | None = Field(None, pattern=_NAME)
     timeout_s: float = Field(300.0, gt=0, le=3600)
     first_byte_timeout_s: float = Field(60.0, gt=0, le=3600)
+    max_running: int = Field(1024, ge=1, le=4096)
     context_length: int = Field(131_072, ge=1, le=2**31)
     price: _Price | None = None
     max_tokens_field: MaxTokensField = "max_tokens"
@@ -156,17 +177,18 @@ class _UpstreamNode(_Declared):
     def kind(self) -> type[Node]:
         return Generate
 
-    def endpoint(self, keys: Mapping[str, SecretStr]) -> Endpoint:
-        """The server; raises GraphError where its key is not there."""
+    def endpoint(self, graph: str, keys: Mapping[str, SecretStr]) -> Endpoint:
+        """The server that answers this graph; raises GraphError where its key is not there."""
         params = self.params
         if params.key is not None and params.key not in keys:
             raise GraphError(f"params.key: there is no key {params.key!r} in GATEWAY_UPSTREAM_KEYS")
         return Endpoint(
-            name=self.id,
+            name=graph,
             base_url=params.base_url.rstrip("/"),
             key=keys[params.key] if params.key is not None else None,
             timeout_s=params.timeout_s,
             first_byte_timeout_s=params.first_byte_timeout_s,
+            max_running=params.max_running,
             dialect=Dialect(params.extensions, params.max_tokens_field),
         )
 
@@ -181,6 +203,16 @@ class Declaration(_Declared):
     description: str = ""
     block: Literal["sequence"]
     nodes: list[_Node] = Field(min_length=1, max_length=16)
+    fallbacks: list[str] = Field([], max_length=8)  # graphs that answer where this one cannot
+    first_token_timeout_s: float | None = Field(None, gt=0, le=3600)  # after which they do
+
+    @model_validator(mode="after")
+    def _fallbacks_make_sense(self) -> "Declaration":
+        if self.name in self.fallbacks or len(set(self.fallbacks)) != len(self.fallbacks):
+            raise ValueError("fallbacks must be other graphs, each once")
+        if self.first_token_timeout_s is not None and not self.fallbacks:
+            raise ValueError("first_token_timeout_s needs fallbacks")
+        return self
 
 
 def read_graphs(folder: Path) -> list[Declaration]:
@@ -194,6 +226,10 @@ def read_graphs(folder: Path) -> list[Declaration]:
         if graph.name in graphs:
             raise GraphError(f"{file.name}: name: the graph {graph.name!r} is declared twice")
         graphs[graph.name] = graph
+    for graph in graphs.values():
+        for name in graph.fallbacks:
+            if name not in graphs:
+                raise GraphError(f"{graph.name}: fallbacks: there is no graph {name!r}")
     return list(graphs.values())
 
 
@@ -254,7 +290,7 @@ def check_upstream_keys(declarations: Sequence[Declaration], keys: Mapping[str, 
         for place, node in enumerate(graph.nodes):
             if isinstance(node, _UpstreamNode):
                 try:
-                    node.endpoint(keys)
+                    node.endpoint(graph.name, keys)
                 except GraphError as error:
                     raise GraphError(f"{graph.name}: nodes[{place}].{error}") from error
 
@@ -270,14 +306,22 @@ def _assembled(graph: Declaration, services: Services) -> Sequenced:
     if isinstance(last, _UpstreamNode):
         if services.upstream is None:
             raise GraphError(f"{graph.name}: nothing is here to ask an upstream with")
-        upstream = services.upstream(last.endpoint(services.upstream_keys))
+        upstream = services.upstream(last.endpoint(graph.name, services.upstream_keys))
         price = last.params.price.as_data() if last.params.price else None
-        told = Upstream(last.params.context_length, price)
-        answer = Generate(last.id, upstream, last.params.model)
-        return Sequenced(graph.name, graph.description, steps, answer, services.span, last.params.model, told)
-    assert isinstance(last, _GenerateNode)  # check_sequence saw to it
+        told: Upstream | None = Upstream(last.params.context_length, price)
+        answer: Answer = Generate(last.id, upstream, last.params.model)
+    else:
+        assert isinstance(last, _GenerateNode)  # check_sequence saw to it
+        told, answer = None, _answer(last, services.generator)
     return Sequenced(
-        graph.name, graph.description, steps, _answer(last, services.generator), services.span, last.params.model
+        graph.name,
+        graph.description,
+        steps,
+        answer,
+        services.span,
+        last.params.model,
+        Fallbacks(tuple(graph.fallbacks), graph.first_token_timeout_s),
+        told,
     )
 
 

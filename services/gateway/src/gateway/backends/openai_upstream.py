@@ -40,11 +40,12 @@ _DONE = b"[DONE]"
 class Endpoint:
     """Where a server is, how it is spoken to and how long it is waited for."""
 
-    name: str  # of the node, for people
+    name: str  # of the graph that it answers
     base_url: str  # without a slash in the end
     key: SecretStr | None
     timeout_s: float
     first_byte_timeout_s: float
+    max_running: int  # completions at once
     dialect: Dialect = field(default_factory=Dialect)
 
 
@@ -153,7 +154,7 @@ class OpenAiUpstream:
             return PlatformError(code, message or self._says("refuses the request"), param=param, reason=reason)
         if status == 429:
             return PlatformError(
-                Code.RATE_LIMITED,
+                Code.OVERLOADED,
                 self._says("is asked too often"),
                 reason="upstream_rate_limited",
                 retry_after_s=_retry_after_s(response.headers.get("retry-after", "")) or 1.0,
@@ -172,7 +173,9 @@ class OpenAiUpstream:
             case TimeoutError() if patience.is_over():
                 return PlatformError(Code.DEADLINE_EXCEEDED, self._says("did not answer in time"))
             case TimeoutError():
-                return PlatformError(Code.UNAVAILABLE, self._says("did not begin to answer in time"), retry_after_s=1.0)
+                # Another one may answer, but this one is not to take as long once more.
+                late = self._says("did not begin to answer in time")
+                return PlatformError(Code.UNAVAILABLE, late, retryable=False, retry_after_s=1.0)
             case aiohttp.ClientConnectorCertificateError() | aiohttp.ClientConnectorSSLError():
                 return self._misconfigured("has no certificate that can be trusted")
             case Malformed():
@@ -187,7 +190,7 @@ class OpenAiUpstream:
         )
 
     def _says(self, what: str) -> str:
-        return f"the upstream {self._endpoint.name!r} {what}"
+        return f"the upstream of {self._endpoint.name!r} {what}"
 
 
 class _Patience:

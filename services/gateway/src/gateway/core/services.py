@@ -184,7 +184,12 @@ class Done:
     usage: Usage
 
 
-GenerationEvent = Started | Delta | ToolCallDelta | Finished | Done
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """A call was given up before its first token and another takes its place: what that one used is not in Done."""
+
+
+GenerationEvent = Started | Delta | ToolCallDelta | Finished | Done | Abandoned
 
 
 @dataclass(frozen=True, slots=True)
