@@ -16,8 +16,8 @@ from gateway.backends.generator import GrpcGenerator
 from gateway.backends.openai_upstream import Endpoint, OpenAiUpstream
 from gateway.backends.retriever import GrpcRetriever
 from gateway.core.admission import Admission, Lane, QueueBounds
-from gateway.core.breaker import Breaker, BreakerRules
 from gateway.core.capacity import Capacity, CapacityBounds
+from gateway.core.circuit import Circuit, CircuitRules
 from gateway.core.guard import Backend, Guard
 from gateway.core.guarded import GuardedCompleter, GuardedEmbedder, GuardedGenerator, GuardedRetriever
 from gateway.core.services import Completer, Embedder, Generator, Retriever
@@ -109,8 +109,8 @@ def _lane(backend: str, running: CapacityBounds, bounds: QueueBounds) -> tuple[L
 
 
 def _guard(service: str, targets: Mapping[str, B], meter: LaneMeter, capacity: Capacity | None = None) -> Guard[B]:
-    rules = BreakerRules() if len(targets) > 1 else BreakerRules(longest_open_s=_LONGEST_OPEN_ALONE_S)
-    backends = [Backend(address, target, Breaker(rules)) for address, target in targets.items()]
+    rules = CircuitRules() if len(targets) > 1 else CircuitRules(longest_open_s=_LONGEST_OPEN_ALONE_S)
+    backends = [Backend(address, target, Circuit(rules)) for address, target in targets.items()]
     for backend in backends:
         meter.watch_breaker(backend.name, backend.breaker)
     return Guard(service, backends, meter, capacity)

@@ -10,8 +10,8 @@ from pydantic_settings import NoDecode
 from chassis.settings import ServiceSettings, settings_config
 
 _ADDRESS = r"^[^\s:/]+:\d{1,5}$"
-_JWKS_URL = r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])"
 _ADDRESSES = r"^[^\s:/,]+:\d{1,5}(,[^\s:/,]+:\d{1,5})*$"
+_JWKS_URL = r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])"
 _GRAPHS_DIR = Path(__file__).with_name("graphs")
 
 

@@ -169,7 +169,7 @@ def slow(*, head_s=0.0, first_s=0.0, between_s=0.0, num=3):
 
 
 @pytest.mark.parametrize("how", [{"head_s": 30.0}, {"first_s": 30.0}])
-async def test_a_server_that_does_not_begin_may_be_replaced_by_another_and_is_not_asked_again(ask, server, upstream, how):
+async def test_a_server_that_does_not_begin_is_not_asked_again_but_another_may_be(ask, server, upstream, how):
     server.answer = slow(**how)
     error = await failure(ask, made=upstream(first_byte_timeout_s=0.2))
     assert error.code is Code.UNAVAILABLE and not error.retryable

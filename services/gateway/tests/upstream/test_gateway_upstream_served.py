@@ -17,12 +17,11 @@ from gateway.core.account import Account
 from gateway.core.catalog import Catalog
 from gateway.core.graph import Deadline, GraphError, GraphRequest
 from gateway.core.limits import LocalLimiter
-from gateway.core.money import Bound, Price, PriceEntry, put_declared
+from gateway.core.money import Price, PriceEntry, put_declared
 from gateway.core.ports import Principal
 from gateway.core.services import Chat, Message, Stopping
 from gateway.core.serving import Ask, Serving
-from gateway.core.sizes import RequestSizes
-from gateway.core.sizing import Sizes
+from gateway.core.sizing import Sizes, cut
 from gateway.settings import GatewaySettings
 
 from .conftest import KEY, chunk, usage
@@ -175,11 +174,14 @@ async def test_limits_and_budgets_reserve_by_bytes_and_the_declared_context(grap
         "vendor-large",
         requests=(GraphRequest(Chat((Message("user", "x" * 1000),)), "acme", stopping=Stopping(50), n=2),),
     )
-    bound = await RequestSizes(Catalog(graphs, world, world, world), world).bound(ask)
-    assert 1000 < bound.prompt_tokens < 1400 and bound.completion_tokens == 100
-    assert (await Sizes(graphs, world, world).bound(ask)).most == bound.prompt_tokens + 100
-    ask.requests = (GraphRequest("x" * 1_000_000, "acme"),)
-    assert await RequestSizes(Catalog(graphs, world, world, world), world).bound(ask) == Bound(131_072, 131_072)
+    sizes = Sizes(graphs, world, world)
+    size = await sizes.exact(ask)
+    assert 1000 < size.prompts[0] < 1400 and size.least == size.most == size.prompts[0] + 100
+    ask.requests = (GraphRequest("x" * 1000, "acme", n=2),)
+    size = await sizes.exact(ask)
+    assert (size.least, size.most) == (size.prompts[0] + 2 * 16, 2 * 131_072)
+    (cut_short,) = cut(ask.requests, size, tokens=2000)
+    assert cut_short.stopping.max_tokens == (2000 - size.prompts[0]) // 2
 
 
 async def test_a_declared_price_is_put_in_force_where_another_one_is():
@@ -189,7 +191,8 @@ async def test_a_declared_price_is_put_in_force_where_another_one_is():
         async def all(self):
             return self.entries
 
-        async def put(self, entry, now_unix_ms):
+        async def put(self, entry, actor, now_unix_ms):
+            assert actor == "configuration"
             self.entries = [*self.entries, entry]
 
     prices = Prices()

@@ -71,6 +71,7 @@ class PolicyBody(Body):
     limits: Annotated[list[LimitBody], Field(max_length=32)] | None = None
     budget: BudgetBody | None = None
     priority: Annotated[int, Field(ge=-_MAX_ABS_PRIORITY, le=_MAX_ABS_PRIORITY)] | None = None
+    weight: Annotated[float, Field(gt=0, le=1000)] | None = None
     caches: bool | None = None
 
     @field_validator("scopes")
@@ -112,6 +113,7 @@ def policy_shape(policy: Policy) -> Mapping[str, Any]:
         ],
         "budget": policy.budget and {"amount": policy.budget.amount_micros / _MICROS, "period": policy.budget.period},
         "priority": policy.priority,
+        "weight": policy.weight,
         "caches": policy.caches,
     }
 
@@ -122,6 +124,7 @@ _READ: Mapping[str, Any] = {
     "limits": lambda limits: tuple(one.limit() for one in limits or ()),
     "budget": lambda budget: budget and budget.budget(),
     "priority": lambda priority: priority or 0,
+    "weight": lambda weight: weight or 1.0,
     "caches": bool,
 }
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from gateway.backends import valkey_scripts
 from gateway.backends.gateway_metrics import LOCAL_DECISIONS, UNSETTLED, count_refusal
 from gateway.backends.valkey_client import Script, ScriptCall, ValkeyClient, ValkeyError
-from gateway.core.cooldown import Cooldown
+from gateway.core.breaker import Breaker
 from gateway.core.limits import UNLIMITED, LocalLimiter, limit_state, requests_per_minute
 from gateway.core.meters import Meter, Standing, Verdict
 from gateway.core.ports import LimitState, Principal
@@ -61,7 +61,7 @@ class ValkeyLimiter:
         self._timeout_s = timeout_s
         self._lease_s = lease_s
         self._lease_ms = int(lease_s * 1000)
-        self._breaker = Cooldown(clock=clock)
+        self._breaker = Breaker(clock=clock)
         self._ids = (f"{prefix}{number}" for prefix in [secrets.token_hex(6)] for number in itertools.count())
         self._live: dict[str, tuple[Meter, ...]] = {}  # what is held in Valkey, by request
         self._unsettled: deque[_Settlement] = deque()

@@ -71,7 +71,7 @@ class GuardedEmbedder:
         )
 
     async def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float) -> Sequence[int]:
-        """Counts the tokens of each text."""
+        """Counts the tokens of each text, special ones included."""
         return await self._guard.call(lambda one, left_s: one.count_tokens(model, texts, timeout_s=left_s), timeout_s)
 
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:

@@ -94,7 +94,6 @@ class Serving:
     @asynccontextmanager
     async def hold(self, ask: Ask) -> AsyncIterator[None]:
         """Holds every stage; raises what a stage raises, and PERMISSION_DENIED. For what is no graph: the encoders."""
-        self.permit(ask.principal, ask.model)
         async with self._held(ask), self._admission.hold(ask):
             yield
 
@@ -107,6 +106,7 @@ class Serving:
 
     @asynccontextmanager
     async def _held(self, ask: Ask) -> AsyncIterator[None]:
+        self.permit(ask.principal, ask.model)
         async with AsyncExitStack() as held:
             for stage in self._stages:
                 await held.enter_async_context(stage.hold(ask))
@@ -163,6 +163,7 @@ async def _first_events(events: AsyncGenerator[GraphEvent], most_s: float | None
 def _events(ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
     # The generator puts the classes in the same order as admission did.
     account, priority = ask.account, ask.priority
+    account.asks_generator()
     requests = [replace(request, priority=priority, usage_id=account.usage_id) for request in ask.requests]
     if len(requests) == 1:
         return graph.run(requests[0], ask.deadline)

@@ -94,9 +94,11 @@ class Sizes:
         is_plain = graph is not None and graph.passes_prompt
         least, most = 0, 0
         for request, prompt in zip(ask.requests, prompts, strict=True):
-            fewest, highest = _tokens(request, prompt, context, is_plain=is_plain, is_exact=is_exact)
+            # An upstream's prompts are counted in bytes: how much context they leave is not known.
+            is_counted = is_exact and upstream is None
+            fewest, highest = _tokens(request, prompt, context, is_plain=is_plain, is_exact=is_counted)
             least, most = least + fewest, most + highest
-        return Size(least if is_exact else most, most, prompts, context, is_exact)
+        return Size(least if is_exact else most, most, prompts, None if upstream else context, is_exact)
 
     async def _context_length(self, model: str) -> int | None:
         until_s, length = self._contexts.get(model, (0.0, None))
