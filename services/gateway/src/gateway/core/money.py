@@ -12,7 +12,6 @@ from chassis.errors import Code, PlatformError
 from gateway.core.policy import Budget
 from gateway.core.ports import Principal
 from gateway.core.services import Usage
-from gateway.core.sizing import Size
 
 _PER_TOKENS = 1_000_000
 MS_PER_DAY = 86_400_000
@@ -57,7 +56,10 @@ class PriceList(Protocol):
     """The prices of all models."""
 
     async def put(self, entry: PriceEntry, actor: str, now_unix_ms: int) -> None:
-        """Writes a price that begins now or later; raises INVALID_ARGUMENT for an earlier one. actor: a key's id, or CONFIGURATION."""
+        """Writes a price that begins now or later; raises INVALID_ARGUMENT for an earlier one.
+
+        actor: a key's id, or CONFIGURATION.
+        """
         ...
 
     async def all(self) -> Sequence[PriceEntry]:
@@ -79,12 +81,6 @@ class Bound:
 
     prompt_tokens: int = 0
     other_tokens: int = 0  # of all its completions, and of what a graph puts into the prompt
-
-    @staticmethod
-    def of(size: Size) -> "Bound":
-        """The bound of a request of this size."""
-        num_prompt = min(sum(size.prompts), size.most)
-        return Bound(num_prompt, size.most - num_prompt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from chassis.errors import PlatformError
 from gateway.core.graph import GraphRequest, Sequenced, Upstream
+from gateway.core.money import Bound
 from gateway.core.services import Embedder, Generator, Prompt
 from gateway.core.serving import Ask
 
@@ -35,6 +36,11 @@ class Size:
     prompts: tuple[int, ...] = ()
     context_length: int | None = None
     is_exact: bool = True
+
+    def bound(self) -> Bound:
+        """What a budget has to hold for it."""
+        num_prompt = min(sum(self.prompts), self.most)
+        return Bound(num_prompt, self.most - num_prompt)
 
 
 class Sizes:
