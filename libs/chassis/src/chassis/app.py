@@ -4,6 +4,7 @@ A service's main.py makes an App and gives `run` a set-up function that composes
 """
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 Closer = Callable[[], Awaitable[None]]
 _POLL_S = 0.5
+_GC_THRESHOLD = 10_000  # new objects between collections of the youngest; Python's 700 are a few requests
 # A name of gRPC health that says no more than that the process has started and its event loop turns. The other names
 # follow readiness: whoever restarted a process by them would kill it because a neighbour is away.
 LIVENESS = "liveness"
@@ -139,6 +141,10 @@ class App:
 
     async def _set_up(self, setup: Callable[["App"], Awaitable[None]]) -> None:
         await setup(self)
+        # What is there by now stays: collections, which come with every few requests, need not look at it again.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (*self._servicers, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from chassis import context
+from chassis.corked import CorkedTransport
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class _Transport:
     Closed at once, the kernel would answer what comes with a reset, and the client would lose what we said.
     """
 
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, transport: CorkedTransport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
         self._loop = loop
         self._timer: asyncio.TimerHandle | None = None
@@ -93,7 +94,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begins to wait for the first head."""
-        self._lingering = _Transport(transport, self.loop)
+        self._lingering = _Transport(CorkedTransport(transport, self.loop), self.loop)
         super().connection_made(self._lingering)  # type: ignore[arg-type]
         self._await_head()
 

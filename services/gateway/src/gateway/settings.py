@@ -1,8 +1,11 @@
 """What the gateway is told by its environment, with the prefix GATEWAY_."""
 
+import json
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import NoDecode
 
 from chassis.settings import ServiceSettings, settings_config
 
@@ -44,6 +47,9 @@ class GatewaySettings(ServiceSettings):
         3600.0, ge=1, le=7 * 86_400, description="Seconds for which an answer stays in the exact cache."
     )
     graphs_dir: Path = Field(_GRAPHS_DIR, description="Folder with the declarations of the graphs (*.yaml).")
+    upstream_keys: Annotated[dict[str, SecretStr], NoDecode] = Field(
+        default_factory=dict, description='JSON object with the keys of upstreams: {"<name in the graphs>": "<key>"}.'
+    )
     request_timeout_s: float = Field(300.0, gt=0, le=3600, description="Most seconds that one request may take.")
     max_running: int = Field(
         32,
@@ -97,3 +103,13 @@ class GatewaySettings(ServiceSettings):
         if issuer is not None and (not audience or (file is None) == (url is None)):
             raise ValueError("needs GATEWAY_OIDC_AUDIENCE, and GATEWAY_OIDC_JWKS_FILE or GATEWAY_OIDC_JWKS_URL")
         return issuer
+
+    @field_validator("upstream_keys", mode="before")
+    @classmethod
+    def _parsed(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError("is no JSON object") from None  # the parser's own error would hold the text

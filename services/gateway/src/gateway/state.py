@@ -4,6 +4,7 @@ main.py calls open_state once and adds what comes back to the app; it knows noth
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,6 +71,7 @@ from gateway.core.keys import KeyRing
 from gateway.core.ledger import FinalUsages, StartRecords, recover
 from gateway.core.limiting import Limiting
 from gateway.core.limits import LocalLimiter
+from gateway.core.money import put_declared
 from gateway.core.platform_limits import PlatformLimits
 from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.repeats import Repeats
@@ -173,6 +175,9 @@ async def open_state(
         on_fallback=count_fallback,
         repeats=repeats,
     )
+    prices = SqlitePrices(database)
+    declared = {name: graph.upstream.price for name, graph in graphs.items() if graph.upstream and graph.upstream.price}
+    await put_declared(prices, declared, int(time.time() * 1000))
     finetuning = Finetuning(finetunes, kept, TrainerRuns(peers.trainer), events.train_job)
     evaluations = Evaluations(
         SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job
@@ -211,7 +216,7 @@ async def open_state(
             evaluations_router(evaluations, catalog),
             jobs_router(jobs, control),
             search_router(index),
-            usage_router(SqliteUsage(database), SqlitePrices(database)),
+            usage_router(SqliteUsage(database), prices),
             keys_router(administration),
             tenants_router(administration),
             audit_router(SqliteAudit(database)),

@@ -97,7 +97,9 @@ class Recorder:
         if HEADER in account.answer_headers:
             metrics.REPEATS.labels("gateway", account.answer_headers[HEADER]).inc()
         record = account.record(outcome.status or CLIENT_LEFT)
-        if record.is_exact or self._finals is None or len(self._asking) >= _MAX_ASKING:
+        # What is an estimate is an upstream's: the generator knows nothing of it.
+        is_final = record.is_exact or account.usage.is_estimate or len(self._asking) >= _MAX_ASKING
+        if is_final or self._finals is None:
             _tell(account, record)
             await self.write(record)  # as it is; where it is not exact it says so
         else:

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from gateway.core.graph import Answering, GraphEvent, Grounding, cut_off
 from gateway.core.ports import Principal, RequestRecord
-from gateway.core.services import Abandoned, Delta, Done, Finished, Started, Usage
+from gateway.core.services import Abandoned, Delta, Done, Finished, Started, ToolCallDelta, Usage
 
 HEADER_MODEL = "x-pressroom-model"  # which model answered
 MAX_KEPT_TEXT_CHARS = 32_768  # of prompt and of completion each, for the tenants that allow text
@@ -59,6 +59,7 @@ class Account:
     _last_content_s: float = 0.0
     _prompt_tokens: int = 0
     _num_streamed: int = 0
+    _is_estimate: bool = False
     _num_started: int = 0
     _asks_generator: bool = False
     _left_a_call: bool = False
@@ -77,8 +78,10 @@ class Account:
         match event:
             case Delta():
                 self.produced(event.num_tokens, event.text)
+            case ToolCallDelta():
+                self.produced(event.num_tokens, event.arguments or event.name)
             case Started():
-                self.prompt_known(event.prompt_tokens)
+                self.prompt_known(event.prompt_tokens, is_estimate=event.is_estimate)
             case Done():
                 self.done(event.usage)
             case Grounding():
@@ -109,9 +112,10 @@ class Account:
                 self.model = self.answer_headers[HEADER_MODEL] = event.model
         return event
 
-    def prompt_known(self, num_tokens: int) -> None:
+    def prompt_known(self, num_tokens: int, *, is_estimate: bool = False) -> None:
         """The prompt was admitted with so many tokens."""
         self._prompt_tokens += num_tokens
+        self._is_estimate |= is_estimate
         self._num_started += 1
 
     def asks_generator(self) -> None:
@@ -155,7 +159,7 @@ class Account:
     @property
     def usage(self) -> Usage:
         """What was used, exactly; before the end, what has been counted so far. Nothing for a repeat."""
-        return self._usage or Usage(self._prompt_tokens, self._num_streamed)
+        return self._usage or Usage(self._prompt_tokens, self._num_streamed, is_estimate=self._is_estimate)
 
     @property
     def told_usage(self) -> Usage:
@@ -165,6 +169,8 @@ class Account:
     @property
     def is_exact(self) -> bool:
         """Whether the usage is all that was used; otherwise the generator knows more than we have seen."""
+        if self.usage.is_estimate:
+            return False
         return not self._asks_generator or (self._usage is not None and not self._left_a_call)
 
     @property

@@ -125,7 +125,9 @@ class Catalog:
             return
         await self.refresh()
         encoders = {model.id for model in self._known["embedder"]}
-        if graph is not None:
+        if graph is not None and graph.upstream is not None:
+            why = "is served by another server"
+        elif graph is not None:
             why = f"is a graph over {graph.model!r}: fine-tune that model"
         elif name in encoders:
             why = "is an encoder"
@@ -161,7 +163,7 @@ class Catalog:
 
     def _base(self, name: str) -> str:
         graph = self._graphs.get(name)
-        return graph.model if graph else name
+        return graph.model if graph and graph.upstream is None else name
 
     async def _refresh(self, service: str, ask: Callable[[], Awaitable[Sequence[ServedModel]]]) -> None:
         try:

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import ClassVar, Protocol, TypeVar
 
 from chassis.errors import Code, PlatformError
+from gateway.core.money import Price
 from gateway.core.services import (
     Abandoned,
     Chat,
@@ -214,6 +215,14 @@ class Graph(Protocol):
 SpanFactory = Callable[[str], AbstractContextManager[object]]
 
 
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """What its declaration tells of a server elsewhere that answers a graph."""
+
+    context_length: int  # of prompt and completion together, in tokens
+    price: Price | None = None
+
+
 class Sequenced:
     """A graph whose nodes run one after the other."""
 
@@ -227,11 +236,13 @@ class Sequenced:
         model: str,
         fallbacks: Fallbacks = Fallbacks(),
         declared: str = "",
+        upstream: Upstream | None = None,
     ) -> None:
         self.name = name
         self.fallbacks = fallbacks
         self.description = description
-        self.model = model  # the generator's model that answers in the end
+        self.model = model  # that answers in the end: the generator's, or the upstream's
+        self.upstream = upstream  # None: the generator answers
         self._steps = tuple(steps)
         self._answer = answer
         self._span = span
@@ -245,7 +256,12 @@ class Sequenced:
     @property
     def is_plain(self) -> bool:
         """It is a model of the generator under its own name and nothing else: what adapters can be made for."""
-        return not self._steps and self.name == self.model
+        return self.passes_prompt and self.upstream is None and self.name == self.model
+
+    @property
+    def passes_prompt(self) -> bool:
+        """Its model reads the prompt as the client sent it."""
+        return not self._steps
 
     async def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Walks the graph; the caller closes it (contextlib.aclosing) in the task that iterates it."""
