@@ -308,6 +308,17 @@ MODELS = Dashboard(
                     ],
                     "Prompt tokens whose keys and values were there already.",
                 ),
+                Panel(
+                    "Records of usage",
+                    "reqps",
+                    [
+                        (
+                            "sum by (outcome) (rate(pressroom_usage_records_total[$__rate_interval]))",
+                            "{{outcome}}",
+                        )
+                    ],
+                    "received: the generator could not be asked what a broken stream used. lost: not in the ledger.",
+                ),
             ],
         ),
         (

@@ -16,6 +16,11 @@ TPOT_SECONDS = Histogram(
     "pressroom_tpot_seconds", "Time per output token after the first.", ["service", "model"], buckets=_TOKEN_SECONDS
 )
 TOKENS = Counter("pressroom_tokens", "Tokens, by kind: prompt, completion or cached.", ["service", "model", "kind"])
+USAGE_RECORDS = Counter(
+    "pressroom_usage_records",
+    "Requests accounted for, by outcome: exact, received (the generator could not be asked what it used) or lost.",
+    ["service", "outcome"],
+)
 RUNNING_SEQUENCES = Gauge("pressroom_running_sequences", "Sequences in the running batch.", ["service"])
 WAITING_SEQUENCES = Gauge("pressroom_waiting_sequences", "Sequences that wait for admission.", ["service"])
 PREEMPTIONS = Counter("pressroom_preemptions", "Sequences set back to free KV blocks for others.", ["service"])

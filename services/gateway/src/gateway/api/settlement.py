@@ -45,6 +45,8 @@ class Recorder:
         self._ledger = ledger
         self._finals = finals
         self._patience_s = patience_s
+        for outcome in ("exact", "received", "lost"):  # so that a rate sees the first one
+            metrics.USAGE_RECORDS.labels("gateway", outcome)
         self._writing: set[asyncio.Task[None]] = set()
         self._asking: set[asyncio.Task[None]] = set()
 
@@ -117,7 +119,9 @@ class Recorder:
         _measure_tokens(record)
         try:
             await self._ledger.record(record)
+            metrics.USAGE_RECORDS.labels("gateway", "exact" if record.is_exact else "received").inc()
         except Exception:
+            metrics.USAGE_RECORDS.labels("gateway", "lost").inc()
             # The answer has been sent, so nobody can be told: the line holds what the ledger lacks. Where there is a
             # start record, the next start of the gateway settles it.
             log.exception(
