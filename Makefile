@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup checks-env vllm-env up down test test-fast test-vllm unit-gateway unit-services unit-rest lint models protos compose-env loadtest \
-	bench-load bench-perplexity bench-colocation bench-engine bench-behaviour bench-greedy bench-gpu bench-overload llama-server
+	bench-load bench-perplexity bench-colocation bench-usage bench-engine bench-behaviour bench-greedy bench-gpu bench-overload llama-server
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,9 @@ bench-colocation: setup models ## Chat's time per output token alone and beside 
 
 # tools/bench_engine/README.md explains; ARGS=--help lists what each takes.
 BENCH := PYTHONPATH=tools $(VENV)/python -m bench_engine
+
+bench-usage: setup ## How long reports take over a ledger of a million requests: p50 and p95
+	$(VENV)/python tools/bench_usage.py
 
 bench-engine: setup models ## Tokens/s and TTFT of the generator beside OpenVINO, vLLM and llama.cpp, in turns (8 minutes)
 	@$(BENCH) speed $(ARGS)

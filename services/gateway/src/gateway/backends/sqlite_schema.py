@@ -220,6 +220,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (day, tenant, key_id, model)
         ) STRICT, WITHOUT ROWID
         """,
+        "CREATE INDEX usage_days_of_tenant ON usage_days (tenant, day)",
+        "CREATE INDEX usage_days_of_key ON usage_days (key_id, day)",
         """
         INSERT INTO usage_days
         SELECT started_unix_ms / 86400000, tenant, key_id, model, count(*), sum(error_code <> ''), sum(prompt_tokens),

@@ -12,6 +12,7 @@ from chassis.errors import Code, PlatformError
 from gateway.core.policy import Budget
 from gateway.core.ports import Principal
 from gateway.core.services import Usage
+from gateway.core.sizing import Size
 
 _PER_TOKENS = 1_000_000
 MS_PER_DAY = 86_400_000
@@ -38,7 +39,7 @@ class Price:
     def most_micros(self, bound: "Bound") -> int:
         """The most that a request within the bound can cost, however much of its prompt is cached."""
         prompt_micros = max(self.input_micros, self.cached_input_micros)
-        total = bound.prompt_tokens * prompt_micros + bound.completion_tokens * self.output_micros
+        total = bound.prompt_tokens * prompt_micros + bound.other_tokens * max(prompt_micros, self.output_micros)
         return -(-total // _PER_TOKENS)
 
 
@@ -54,8 +55,8 @@ class PriceEntry:
 class PriceList(Protocol):
     """The prices of all models."""
 
-    async def put(self, entry: PriceEntry, now_unix_ms: int) -> None:
-        """Writes a price that begins now or later; raises INVALID_ARGUMENT for an earlier one."""
+    async def put(self, entry: PriceEntry, actor: str, now_unix_ms: int) -> None:
+        """Writes a price that begins now or later; raises INVALID_ARGUMENT for an earlier one. actor: a key's id."""
         ...
 
     async def all(self) -> Sequence[PriceEntry]:
@@ -68,10 +69,13 @@ class Bound:
     """The most tokens that a request can use."""
 
     prompt_tokens: int = 0
-    completion_tokens: int = 0  # of all its completions
+    other_tokens: int = 0  # of all its completions, and of what a graph puts into the prompt
 
-    def __add__(self, other: "Bound") -> "Bound":
-        return Bound(self.prompt_tokens + other.prompt_tokens, self.completion_tokens + other.completion_tokens)
+    @staticmethod
+    def of(size: Size) -> "Bound":
+        """The bound of a request of this size."""
+        num_prompt = min(sum(size.prompts), size.most)
+        return Bound(num_prompt, size.most - num_prompt)
 
 
 @dataclass(frozen=True, slots=True)
