@@ -50,7 +50,7 @@ def lane():
 
 @pytest.fixture
 def admission(lane):
-    return Admission({"generator": lane}, lambda ask: "generator")
+    return Admission({"generator": lane})
 
 
 @pytest.mark.parametrize("stream", [False, True])
