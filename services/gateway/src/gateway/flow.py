@@ -16,11 +16,10 @@ from gateway.backends.retriever import GrpcRetriever
 from gateway.core.admission import Admission, Lane, QueueBounds
 from gateway.core.capacity import Capacity, CapacityBounds
 from gateway.core.circuit import Circuit, CircuitRules
-from gateway.core.graph import GENERATOR
 from gateway.core.guard import Backend, Guard
 from gateway.core.guarded import GuardedEmbedder, GuardedGenerator, GuardedRetriever
 from gateway.core.services import Embedder, Generator, Retriever
-from gateway.core.serving import EMBEDDER
+from gateway.core.serving import Ask
 from gateway.settings import GatewaySettings
 
 B = TypeVar("B")
@@ -52,14 +51,14 @@ def open_flow(
     """Makes the clients and what guards them. Nothing is connected yet; `connect` sees to the closing of channels."""
     bounds = QueueBounds(settings.max_waiting, settings.max_wait_s)
     running = CapacityBounds(settings.max_running, max(1, settings.max_running // 4), settings.most_running)
-    generating, generators = _lane(GENERATOR, running, bounds)
-    embedding, embedders = _lane(EMBEDDER, _EMBEDDER_REQUESTS, bounds)
+    generating, generators = _lane("generator", running, bounds)
+    embedding, embedders = _lane("embedder", _EMBEDDER_REQUESTS, bounds)
     addresses = settings.generator_addr.split(",")
     generator: Guard[Generator] = _guard(
-        GENERATOR, {one: GrpcGenerator(connect(one)) for one in addresses}, generators, generating.capacity
+        "generator", {one: GrpcGenerator(connect(one)) for one in addresses}, generators, generating.capacity
     )
     embedder: Guard[Embedder] = _guard(
-        EMBEDDER,
+        "embedder",
         {settings.embedder_addr: GrpcEmbedder(connect(settings.embedder_addr))},
         embedders,
         embedding.capacity,
@@ -71,9 +70,13 @@ def open_flow(
         GuardedGenerator(generator),
         GuardedEmbedder(embedder),
         GuardedRetriever(search),
-        Admission({lane.backend: lane for lane in (generating, embedding)}),
+        Admission({lane.backend: lane for lane in (generating, embedding)}, _backend_of),
         (generating, embedding),
     )
+
+
+def _backend_of(ask: Ask) -> str:
+    return "embedder" if ask.inputs else "generator"
 
 
 def _lane(backend: str, running: CapacityBounds, bounds: QueueBounds) -> tuple[Lane, LaneMeter]:

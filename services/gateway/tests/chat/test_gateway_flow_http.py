@@ -50,7 +50,7 @@ def lane():
 
 @pytest.fixture
 def admission(lane):
-    return Admission({"generator": lane})
+    return Admission({"generator": lane}, lambda ask: "generator")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -279,7 +279,7 @@ async def test_a_wait_that_was_expected_shorter_ends_at_its_bound():
 
 
 async def test_a_backend_without_a_lane_is_not_bounded():
-    admission = Admission({})
+    admission = Admission({}, lambda _: "elsewhere")
     async with AsyncExitStack() as held:
         for _ in range(1000):
             await held.enter_async_context(admission.hold(ask()))

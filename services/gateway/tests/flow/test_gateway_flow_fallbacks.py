@@ -24,7 +24,6 @@ class FakeGraph:
 
     def __init__(self, name, *events, fallbacks=(), first_token_s=None):
         self.name = name
-        self.backend = "generator"
         self.events = events
         self.fallbacks = Fallbacks(tuple(fallbacks), first_token_s)
         self.num_runs = self.num_closed = 0

@@ -217,12 +217,13 @@ def _wake(place: _Place) -> None:
 
 
 class Admission:
-    """The stage: leads a request through the lane of its backend; lanes may be added while it serves."""
+    """The stage: leads a request through the lane of the backend that its model runs in."""
 
-    def __init__(self, lanes: Mapping[str, Lane]) -> None:
+    def __init__(self, lanes: Mapping[str, Lane], backend_of: Callable[[Ask], str]) -> None:
         self._lanes = lanes
+        self._backend_of = backend_of
 
     def hold(self, ask: Ask) -> AbstractAsyncContextManager[None]:
         """Waits for the request's turn and holds its place; raises OVERLOADED or DEADLINE_EXCEEDED."""
-        lane = self._lanes.get(ask.backend)
+        lane = self._lanes.get(self._backend_of(ask))
         return nullcontext() if lane is None else lane.hold(ask)

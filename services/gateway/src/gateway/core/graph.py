@@ -27,8 +27,6 @@ from gateway.core.services import (
     ToolCalls,
 )
 
-GENERATOR = "generator"
-
 
 class GraphError(ValueError):
     """A graph's declaration is wrong; the message says where."""
@@ -199,11 +197,6 @@ class Graph(Protocol):
         ...
 
     @property
-    def backend(self) -> str:
-        """What computes its answers: where its requests stand in line."""
-        ...
-
-    @property
     def fallbacks(self) -> Fallbacks:
         """What answers where it cannot."""
         ...
@@ -236,11 +229,6 @@ class Sequenced:
         self._steps = tuple(steps)
         self._answer = answer
         self._span = span
-
-    @property
-    def backend(self) -> str:
-        """See Graph.backend."""
-        return GENERATOR
 
     @property
     def is_plain(self) -> bool:

@@ -18,7 +18,6 @@ from gateway.core.fanout import merged
 from gateway.core.graph import Answering, Deadline, Graph, GraphEvent, GraphRequest, until_first_token
 from gateway.core.ports import Principal
 
-EMBEDDER = "embedder"
 HEADER_MODEL = "x-pressroom-model"  # which model answered
 _ANOTHER_MAY_ANSWER = (Code.UNAVAILABLE, Code.OVERLOADED, Code.DEADLINE_EXCEEDED)
 
@@ -36,7 +35,6 @@ class Ask:
     model: str  # the graph or the encoder that answers
     requests: tuple[GraphRequest, ...] = ()  # one for each prompt
     inputs: tuple[str | tuple[int, ...], ...] = ()  # what an encoder reads: texts or token ids
-    backend: str = EMBEDDER  # what works for it; Serving fills it in for graphs
 
     @property
     def priority(self) -> int:
@@ -120,7 +118,7 @@ class Serving:
         first_error: PlatformError | None = None
         for graph in chain:
             most_s = None if graph is chain[-1] else asked.fallbacks.first_token_s
-            async with aclosing(self._admitted(replace(ask, model=graph.name, backend=graph.backend), graph)) as events:
+            async with aclosing(self._admitted(replace(ask, model=graph.name), graph)) as events:
                 try:
                     # Nothing is held back where nobody else could answer anyway.
                     first = [] if graph is asked is chain[-1] else await _first_events(events, most_s)
