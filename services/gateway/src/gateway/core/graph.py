@@ -197,6 +197,11 @@ class Graph(Protocol):
         ...
 
     @property
+    def uses_generator(self) -> bool:
+        """Its tokens are the generator's, which keeps a book of them."""
+        ...
+
+    @property
     def fallbacks(self) -> Fallbacks:
         """What answers where it cannot."""
         ...
@@ -229,6 +234,11 @@ class Sequenced:
         self._steps = tuple(steps)
         self._answer = answer
         self._span = span
+
+    @property
+    def uses_generator(self) -> bool:
+        """See Graph.uses_generator."""
+        return True
 
     @property
     def is_plain(self) -> bool:
