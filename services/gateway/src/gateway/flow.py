@@ -26,7 +26,6 @@ from gateway.settings import GatewaySettings
 
 B = TypeVar("B")
 
-_LEAST_RUNNING = 4
 # The embedder batches for itself and refuses where its own queue is full: this bounds what one gateway sends it.
 _EMBEDDER_REQUESTS = CapacityBounds(start=64, least=4, most=256)
 # Nobody else can answer: somebody must find out soon that it is back.
@@ -57,7 +56,7 @@ def open_flow(
 ) -> Flow:
     """Makes the clients and what guards them. Nothing is connected yet; `connect` sees to the closing of channels."""
     bounds = QueueBounds(settings.max_waiting, settings.max_wait_s)
-    running = CapacityBounds(settings.max_running, min(_LEAST_RUNNING, settings.max_running), settings.most_running)
+    running = CapacityBounds(settings.max_running, max(1, settings.max_running // 4), settings.most_running)
     generating, generators = _lane("generator", running, bounds)
     embedding, embedders = _lane("embedder", _EMBEDDER_REQUESTS, bounds)
     addresses = settings.generator_addr.split(",")

@@ -64,7 +64,7 @@ class GatewaySettings(ServiceSettings):
         512, ge=1, le=65536, description="Requests that may wait for their turn, for each backend; more are refused."
     )
     max_wait_s: float = Field(
-        30.0,
+        120.0,
         gt=0,
         le=3600,
         description="Longest wait for a turn, in seconds; who would wait longer is refused at once.",

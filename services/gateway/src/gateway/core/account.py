@@ -118,9 +118,12 @@ class Account:
         self._is_estimate |= is_estimate
         self._num_started += 1
 
-    def asks_generator(self) -> None:
-        """From here on the generator may compute tokens for the request, seen or unseen."""
-        self._asks_generator = True
+    def asks_generator(self, it_does: bool = True) -> None:
+        """From here on the generator may compute tokens for the request, seen or unseen; or another server does.
+
+        The last word counts: where another server answers in the generator's place, what it told is what was used.
+        """
+        self._asks_generator = it_does
 
     def left_a_call(self) -> None:
         """A call of the generator is given up and another takes its place: what is seen of that one is not all."""

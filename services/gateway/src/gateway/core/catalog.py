@@ -30,6 +30,7 @@ class Tuned:
 
     def __init__(self, base: Sequenced, model: TunedModel) -> None:
         self.name = model.model_id
+        self.uses_generator = True
         self.fallbacks = Fallbacks()  # no other model is what it was tuned to be
         self._base = base
         self._model = model

@@ -203,6 +203,11 @@ class Graph(Protocol):
         ...
 
     @property
+    def uses_generator(self) -> bool:
+        """Its tokens are the generator's, which keeps a book of them."""
+        ...
+
+    @property
     def fallbacks(self) -> Fallbacks:
         """What answers where it cannot."""
         ...
@@ -252,6 +257,11 @@ class Sequenced:
     def identity(self) -> str | None:
         """Its declaration; None with steps, which read documents that come and go."""
         return None if self._steps else f"{self.name} {self._declared}"
+
+    @property
+    def uses_generator(self) -> bool:
+        """See Graph.uses_generator."""
+        return self.upstream is None
 
     @property
     def is_plain(self) -> bool:

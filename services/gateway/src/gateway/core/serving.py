@@ -182,7 +182,7 @@ async def _first_events(events: AsyncGenerator[GraphEvent], most_s: float | None
 def _events(ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
     # The generator puts the classes in the same order as admission did.
     account, priority = ask.account, ask.priority
-    account.asks_generator()
+    account.asks_generator(graph.uses_generator)
     requests = [replace(request, priority=priority, usage_id=account.usage_id) for request in ask.requests]
     if len(requests) == 1:
         return graph.run(requests[0], ask.deadline)
