@@ -60,6 +60,11 @@ ADAPTER_EVICTIONS = Counter("pressroom_adapter_evictions", "Adapters that made r
 ADAPTER_BYTES = Gauge("pressroom_adapter_bytes", "Memory of adapters.", ["service"])
 LOADED_ADAPTERS = Gauge("pressroom_loaded_adapters", "Adapters that are loaded.", ["service"])
 KNOWN_ADAPTERS = Gauge("pressroom_known_adapters", "Adapters that may be asked for, loaded or not.", ["service"])
+REPEATS = Counter(
+    "pressroom_repeats",
+    "Requests to a model by what the cache or another's run did for them: hit, miss or shared.",
+    ["service", "outcome"],
+)
 QUEUE_DEPTH = Gauge("pressroom_queue_depth", "Work that waits in the service.", ["service"])
 BUS_MESSAGES = Counter(
     "pressroom_bus_messages", "Messages handled, by consumer and outcome.", ["service", "consumer", "outcome"]
