@@ -152,7 +152,8 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 def secret_hmac(pepper: bytes, secret: str) -> bytes:
     """What is kept of a secret."""
-    return hmac.digest(pepper, secret.encode(), "sha256")
+    # Not hmac.digest: it gives the interpreter away, and gets it back when another thread is done with it.
+    return hmac.new(pepper, secret.encode(), "sha256").digest()
 
 
 def refused() -> PlatformError:
