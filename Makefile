@@ -1,14 +1,14 @@
 # The commands of Pressroom. Everything they need is set up by themselves.
 PYTHON ?= python3
 VENV := .venv/bin
-SRC := $(wildcard libs/*/src services/*/src) loadtest tools/bench_engine tools/bench_overload
+SRC := $(wildcard libs/*/src services/*/src) loadtest tools/bench_engine tools/bench_gateway tools/bench_overload
 CHECKED := libs services loadtest tests tools
 
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup checks-env vllm-env up down test test-fast test-vllm unit-gateway unit-services unit-rest lint models protos compose-env loadtest \
-	bench-load bench-perplexity bench-colocation bench-usage bench-engine bench-behaviour bench-greedy bench-gpu bench-overload llama-server
+	bench-load bench-perplexity bench-colocation bench-usage bench-gateway bench-engine bench-behaviour bench-greedy bench-gpu bench-overload llama-server
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ bench-perplexity: setup models ## What quantising costs: perplexity in bf16 and 
 
 bench-colocation: setup models ## Chat's time per output token alone and beside a finetune, in pairs, and their ratio
 	@$(VENV)/python tools/bench_colocation.py $(ARGS)
+
+bench-gateway: setup ## The gateway beside LiteLLM's proxy and Envoy, in front of one mock upstream, in turns (4 minutes)
+	@PYTHONPATH=tools $(VENV)/python -m bench_gateway $(ARGS)
 
 # tools/bench_engine/README.md explains; ARGS=--help lists what each takes.
 BENCH := PYTHONPATH=tools $(VENV)/python -m bench_engine

@@ -24,6 +24,7 @@ from gateway.core.limits import LocalLimiter
 from gateway.core.platform_limits import PlatformLimits
 from gateway.core.policy import Limit
 from gateway.core.ports import LimitState, Principal, RequestRecord
+from gateway.core.repeats import Entry, Repeats
 from gateway.core.services import (
     Chat,
     Delta,
@@ -70,6 +71,7 @@ class FakeGenerator:
     error: Exception | None = None
     adapters: set[str] = field(default_factory=set)
     context_length: int = CONTEXT_LENGTH
+    version: str = "v1"
     script: str | None = None  # says this, three characters a token, and knows grammars
     timeouts_s: list[float] = field(default_factory=list)
     next_errors: list[Exception] = field(default_factory=list)  # what the next calls fail with, at once
@@ -103,7 +105,7 @@ class FakeGenerator:
             )
         complete = False
         try:
-            yield Started(len(prompt), "v1", self._prompt_logprobs(call, prompt))
+            yield Started(len(prompt), self.version, self._prompt_logprobs(call, prompt))
             for number in range(limit):
                 if self.fail_after == number and self.error is not None:
                     raise self.error
@@ -152,8 +154,8 @@ class FakeGenerator:
         if self.error is not None:
             raise self.error
         base = "smollm2-135m-instruct"
-        tuned = [ServedModel(adapter, 1_750_000_000, base) for adapter in sorted(self.adapters)]
-        return [ServedModel(base, 1_700_000_000, base), *tuned]
+        tuned = [ServedModel(adapter, 1_750_000_000, base, self.version) for adapter in sorted(self.adapters)]
+        return [ServedModel(base, 1_700_000_000, base, self.version), *tuned]
 
 
 @dataclass
@@ -279,6 +281,19 @@ class FakeLedger:
         self.records.append(record)
 
 
+class FakeCache:
+    """Keeps answers in a dictionary."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+
+    async def get(self, key: str) -> Entry | None:
+        return self.entries.get(key)
+
+    async def put(self, key: str, entry: Entry) -> None:
+        self.entries[key] = entry
+
+
 @dataclass
 class World:
     """The application and everything that it was given."""
@@ -312,6 +327,11 @@ def limited_key() -> str:
 
 
 @pytest.fixture
+def cache() -> FakeCache:
+    return FakeCache()
+
+
+@pytest.fixture
 def keys() -> FakeKeys:
     return FakeKeys()
 
@@ -329,7 +349,7 @@ def admission() -> Stage:
 
 
 @pytest.fixture
-def world(keys: FakeKeys, graphs_dir: Path, admission: Stage) -> World:
+def world(cache: FakeCache, keys: FakeKeys, graphs_dir: Path, admission: Stage) -> World:
     generator, embedder, retriever, ledger = FakeGenerator(), FakeEmbedder(), FakeRetriever(), FakeLedger()
     tuned = FakeTunedModels()
     services = Services(generator, embedder, retriever, tracer().start_as_current_span)
@@ -339,7 +359,7 @@ def world(keys: FakeKeys, graphs_dir: Path, admission: Stage) -> World:
     limiting = Limiting(limiter, Sizes(graphs, generator, embedder), platform_limits, lambda meter: None)
     app = make_app(
         catalog=catalog,
-        serving=Serving(catalog, stages=(limiting,), admission=admission),
+        serving=Serving(catalog, stages=(limiting,), admission=admission, repeats=Repeats(catalog, cache)),
         embedder=embedder,
         keys=keys,
         limiter=FakeLimiter(),

@@ -345,11 +345,19 @@ def test_capacity_grows_where_it_is_short_and_shrinks_where_the_backend_lets_wai
     for _ in range(100):
         capacity.ended_well()
     assert capacity.limit == 12
-    capacity.began(5.0)
-    capacity.began(5.0)  # of the same time: shrinks once
+    capacity.began(6.0)
+    capacity.began(6.0)  # of the same time: shrinks once
     assert capacity.limit == 10
+    capacity.began(2.0)  # neither soon nor late
+    for _ in range(100):
+        capacity.ended_well()
+    assert capacity.limit == 10
+    capacity.began(0.1)
+    for _ in range(100):
+        capacity.ended_well()
+    assert capacity.limit == 12
     for _ in range(20):
-        clock.advance(2)
+        clock.advance(10)
         capacity.refused()
     assert capacity.limit == 4
 

@@ -235,7 +235,7 @@ async def test_the_least_busy_backend_is_asked():
 
 async def test_capacity_hears_of_waits_and_of_refusals():
     clock = FakeClock(100.0)
-    capacity = Capacity(CapacityBounds(10, 1, 10, slow_s=0.0), clock)
+    capacity = Capacity(CapacityBounds(10, 1, 10, late_s=0.0), clock)
     guard, _, _ = make_guard(Replica(ANSWER), capacity=capacity)
     clock.advance(1)
     await run(guard)

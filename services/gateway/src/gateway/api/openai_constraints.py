@@ -40,7 +40,7 @@ class ResponseFormat(Body):
             return None
         if self.json_schema is None or self.type == "json_object":
             return Grammar("json_object")
-        return Grammar("json_schema", _dump(self.json_schema.json_schema))
+        return Grammar("json_schema", _dump(self.json_schema.json_schema), bool(self.json_schema.strict))
 
 
 class StructuredOutputs(Body):

@@ -98,10 +98,11 @@ MaxTokensOrNone = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
 
 
 def usage_object(usage: Usage) -> dict[str, object]:
-    """OpenAI's usage."""
-    return {
+    """OpenAI's usage; counts that are no more than an estimate say so."""
+    counted: dict[str, object] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    return counted | {"is_estimate": True} if usage.is_estimate else counted

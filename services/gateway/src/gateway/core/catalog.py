@@ -11,6 +11,7 @@ from gateway.core.graph import Deadline, Fallbacks, Graph, GraphEvent, GraphRequ
 from gateway.core.services import Embedder, Generator, ServedModel
 
 _TIMEOUT_S = 2.0
+_VERSION_TIMEOUT_S = 0.25
 _LOADING_S = 2.0  # what a generator takes to load an adapter, about
 
 
@@ -29,9 +30,15 @@ class Tuned:
 
     def __init__(self, base: Sequenced, model: TunedModel) -> None:
         self.name = model.model_id
+        self.uses_generator = True
         self.fallbacks = Fallbacks()  # no other model is what it was tuned to be
         self._base = base
         self._model = model
+
+    @property
+    def identity(self) -> str | None:
+        """The base's, and the adapter."""
+        return f"{self.name} {self._base.identity}"
 
     async def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Walks the base's graph; the caller closes it in the task that iterates it."""
@@ -67,6 +74,7 @@ class Catalog:
         self._generator = generator
         self._embedder = embedder
         self._tuned = tuned
+        self._asking: asyncio.Task[Mapping[str, str]] | None = None
         self._known: dict[str, Sequence[ServedModel]] = {"generator": (), "embedder": ()}
 
     async def graph(self, name: str, tenant: str) -> Graph:
@@ -80,6 +88,28 @@ class Catalog:
             if model is not None and base is not None:
                 return Tuned(base, model)
         raise model_not_found(name)
+
+    async def version(self, graph: Graph) -> str | None:
+        """Which version of the model would answer now; None where that cannot be known at once.
+
+        The generator is asked each time, since adapters and models are changed while it runs; who asks at the same
+        time shares its answer.
+        """
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._versions())
+            self._asking.add_done_callback(self._asked)
+        name = graph.model if isinstance(graph, Sequenced) else graph.name
+        return (await asyncio.shield(self._asking)).get(name)
+
+    def _asked(self, _: object) -> None:
+        self._asking = None
+
+    async def _versions(self) -> Mapping[str, str]:
+        try:
+            models = await self._generator.list_models(timeout_s=_VERSION_TIMEOUT_S)
+        except PlatformError:
+            return {}
+        return {model.id: model.version for model in models if model.version}
 
     async def check_answers(self, name: str, tenant: str) -> None:
         """Raises NOT_FOUND unless the tenant can ask the model, or will be able to in a moment."""
@@ -96,7 +126,9 @@ class Catalog:
             return
         await self.refresh()
         encoders = {model.id for model in self._known["embedder"]}
-        if graph is not None:
+        if graph is not None and graph.upstream is not None:
+            why = "is served by another server"
+        elif graph is not None:
             why = f"is a graph over {graph.model!r}: fine-tune that model"
         elif name in encoders:
             why = "is an encoder"
@@ -132,7 +164,7 @@ class Catalog:
 
     def _base(self, name: str) -> str:
         graph = self._graphs.get(name)
-        return graph.model if graph else name
+        return graph.model if graph and graph.upstream is None else name
 
     async def _refresh(self, service: str, ask: Callable[[], Awaitable[Sequence[ServedModel]]]) -> None:
         try:

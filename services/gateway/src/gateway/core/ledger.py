@@ -103,7 +103,7 @@ class StartRecords:
     async def hold(self, ask: Ask) -> AsyncIterator[None]:
         """Raises RATE_LIMITED with reason insufficient_quota where a budget does not hold the request."""
         purses = purses_of(ask.principal)
-        bound = Bound.of(await self._sizes.exact(ask)) if purses else Bound()
+        bound = (await self._sizes.exact(ask)).bound() if purses else Bound()
         await self._openings.open(_opening(ask), bound, purses)
         yield
 
