@@ -82,7 +82,7 @@ class KeyRing:
         store: KeyStore,
         pepper: bytes,
         *,
-        ttl_s: float = 1.0,
+        ttl_s: float = 0.9,  # a change is seen within a second, with what it takes to be written
         max_cached: int = 10_000,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
