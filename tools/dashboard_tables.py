@@ -616,21 +616,37 @@ WORK = Dashboard(
             "Limits",
             [
                 Panel(
-                    "Refused by a key's limit",
+                    "Limits without room",
                     "reqps",
                     [
+                        (
+                            "sum by (scope, counted) (rate(pressroom_limit_refusals_total[$__rate_interval]))",
+                            "{{scope}} {{counted}}",
+                        ),
                         (
                             f'sum(rate(pressroom_requests_total{{{GATEWAY}, code="429"}}[$__rate_interval])) '
                             "or vector(0)",
                             "429",
                         ),
+                    ],
+                    "By whose limit it is and what it counts. Several may refuse one request; 429 counts requests.",
+                    12,
+                ),
+                Panel(
+                    "Limits without Valkey",
+                    "reqps",
+                    [
                         (
                             "sum(rate(pressroom_limiter_local_decisions_total[$__rate_interval]))",
-                            "decided without Valkey",
+                            "decided alone",
+                        ),
+                        (
+                            "sum(rate(pressroom_limiter_unsettled_total[$__rate_interval]))",
+                            "never given back",
                         ),
                     ],
-                    "Decided without Valkey: each gateway process counts for itself.",
-                    24,
+                    "Alone each gateway counts for itself. What was not given back in time counts as used in full.",
+                    12,
                 ),
             ],
         ),

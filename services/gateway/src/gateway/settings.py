@@ -7,8 +7,8 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from chassis.settings import ServiceSettings, settings_config
 
 _ADDRESS = r"^[^\s:/]+:\d{1,5}$"
+_JWKS_URL = r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?/)"
 _ADDRESSES = r"^[^\s:/,]+:\d{1,5}(,[^\s:/,]+:\d{1,5})*$"
-_JWKS_URL = r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])"
 _GRAPHS_DIR = Path(__file__).with_name("graphs")
 
 

@@ -21,6 +21,7 @@ from gateway.api.grpc_files import FileServicer
 from gateway.api.grpc_graphs import GraphServicer
 from gateway.api.http_admin_audit import audit_router
 from gateway.api.http_admin_keys import keys_router
+from gateway.api.http_admin_limits import limits_router
 from gateway.api.http_admin_tenants import tenants_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_evaluations import evaluations_router
@@ -64,12 +65,14 @@ from gateway.core.finetuning import Finetuning
 from gateway.core.graph import Sequenced
 from gateway.core.keys import KeyRing
 from gateway.core.ledger import FinalUsages, StartRecords, recover
-from gateway.core.limiting import Limiting, PlatformLimits
+from gateway.core.limiting import Limiting
 from gateway.core.limits import LocalLimiter
+from gateway.core.platform_limits import PlatformLimits
 from gateway.core.ports import Keys, Ledger, RequestLimiter
+from gateway.core.prompts import PromptCounter
 from gateway.core.services import Embedder, Generator
 from gateway.core.serving import NoStage, Serving, Stage
-from gateway.core.sizing import Sizes
+from gateway.core.token_bounds import TokenBounds
 from gateway.core.tokens import Credentials, Tokens
 from gateway.core.uploads import Uploads
 
@@ -154,11 +157,10 @@ async def open_state(
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
     platform_limits = PlatformLimits(SqliteLimits(database))
     await platform_limits.refresh()
-    sizes = Sizes(graphs, peers.generator, peers.embedder)
-    limiting = Limiting(limiter, sizes, platform_limits, count_refusal)
+    bounds = TokenBounds(PromptCounter(catalog, peers.generator), peers.embedder)
     serving = Serving(
         catalog,
-        stages=(limiting, StartRecords(ledger, sizes)),
+        stages=(Limiting(limiter, bounds, platform_limits, count_refusal), StartRecords(ledger, bounds)),
         admission=peers.admission,
         on_fallback=count_fallback,
     )
@@ -198,6 +200,7 @@ async def open_state(
             keys_router(administration),
             tenants_router(administration),
             audit_router(SqliteAudit(database)),
+            limits_router(platform_limits),
             monitor_router(MonitorProfiles(peers.monitor), finetunes),
             later_router(),
         ),
@@ -218,10 +221,10 @@ async def open_state(
             ("job-progress", job_consumer.consume_progress),
             ("dead-jobs", job_consumer.consume_dead_jobs),
             ("revoked-keys", RevocationListener(bus, keys).listen),
-            ("left-requests", partial(recover, ledger, ledger, peers.usages)),
-            *((("token-keys", oidc.run),) if oidc else ()),
             ("limiter", limiter.run),
             ("platform-limits", platform_limits.run),
+            ("left-requests", partial(recover, ledger, ledger, peers.usages)),
+            *((("token-keys", oidc.run),) if oidc else ()),
         ),
         close=close,
     )

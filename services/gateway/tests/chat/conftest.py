@@ -16,12 +16,15 @@ from chassis.telemetry import tracer
 from gateway.api.http import Limits, make_app
 from gateway.api.settlement import Recorder
 from gateway.backends.graph_files import Services, assemble, read_graphs
+from gateway.core.audit import Change
 from gateway.core.catalog import Catalog
 from gateway.core.finetuning import TunedModel
-from gateway.core.limiting import Limiting, PlatformLimits
+from gateway.core.limiting import Limiting
 from gateway.core.limits import LocalLimiter
+from gateway.core.platform_limits import PlatformLimits
 from gateway.core.policy import Limit
 from gateway.core.ports import LimitState, Principal, RequestRecord
+from gateway.core.prompts import PromptCounter
 from gateway.core.services import (
     Chat,
     Delta,
@@ -40,7 +43,7 @@ from gateway.core.services import (
     Usage,
 )
 from gateway.core.serving import NoStage, Serving, Stage
-from gateway.core.sizing import Sizes
+from gateway.core.token_bounds import TokenBounds
 from testkit import free_port
 
 GRAPHS_DIR = Path(__file__).parents[2] / "src" / "gateway" / "graphs"
@@ -259,7 +262,7 @@ class FakeLimitStore:
     async def limits(self) -> tuple[Limit, ...]:
         return self.kept
 
-    async def set_limits(self, limits: Sequence[Limit]) -> None:
+    async def set_limits(self, limits: Sequence[Limit], change: Change) -> None:
         self.kept = tuple(limits)
 
 
@@ -334,7 +337,9 @@ def world(keys: FakeKeys, graphs_dir: Path, admission: Stage) -> World:
     graphs = assemble(read_graphs(graphs_dir), services)
     catalog = Catalog(graphs, generator, embedder, tuned)
     limiter, platform_limits = LocalLimiter(), PlatformLimits(FakeLimitStore())
-    limiting = Limiting(limiter, Sizes(graphs, generator, embedder), platform_limits, lambda meter: None)
+    limiting = Limiting(
+        limiter, TokenBounds(PromptCounter(catalog, generator), embedder), platform_limits, lambda meter: None
+    )
     app = make_app(
         catalog=catalog,
         serving=Serving(catalog, stages=(limiting,), admission=admission),

@@ -12,6 +12,7 @@ from gateway.api.scopes import SCOPES
 from gateway.core.policy import Algorithm, Budget, Counted, Limit, Policy
 
 _MICROS = 1_000_000
+_ONE_MICRO = Decimal("0.000001")
 _MAX_MONEY = Decimal(10**9)
 _MAX_AMOUNT = 10**12
 _MAX_WINDOW_S = 31 * 86_400.0
@@ -132,10 +133,8 @@ _READ: Mapping[str, Any] = {
 def _micros(amount: str | int | float) -> int:
     try:
         money = Decimal(str(amount))  # of a float the shortest digits that mean it: 0.1 is 0.1
-        micros = money * _MICROS
-        is_whole = micros == int(micros)
-    except (InvalidOperation, OverflowError, ValueError):  # no number, or none that is finite
+    except InvalidOperation:
         raise ValueError("must be an amount of money") from None
-    if not is_whole or not 0 <= money <= _MAX_MONEY:
+    if not money.is_finite() or not 0 <= money <= _MAX_MONEY or money != money.quantize(_ONE_MICRO):
         raise ValueError(f"must be from 0 to {_MAX_MONEY} with at most six places")
-    return int(micros)
+    return int(money / _ONE_MICRO)

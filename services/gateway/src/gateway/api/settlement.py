@@ -17,6 +17,7 @@ from gateway.api.middleware import CLIENT_LEFT
 from gateway.core.account import Account
 from gateway.core.ledger import FinalUsages, settled
 from gateway.core.ports import Ledger, RequestRecord
+from gateway.core.services import Usage
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +94,9 @@ class Recorder:
         if counts_latency:
             measure_latency(account)
         record = account.record(outcome.status or CLIENT_LEFT)
-        if record.is_exact:
-            await self.write(record)
-        elif self._finals is None or len(self._asking) >= _MAX_ASKING:
-            await self.write(record)  # as it is, and it says so
+        if record.is_exact or self._finals is None or len(self._asking) >= _MAX_ASKING:
+            _tell(account, record)
+            await self.write(record)  # as it is; where it is not exact it says so
         else:
             task = asyncio.create_task(self._ask_and_write(record, account, self._finals))
             self._asking.add(task)
@@ -104,7 +104,9 @@ class Recorder:
 
     async def _ask_and_write(self, record: RequestRecord, account: Account, finals: FinalUsages) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # only close() cancels: the start record stays
-            await self._write(await settled(record, account, finals, self._patience_s))
+            record = await settled(record, account, finals, self._patience_s)
+            _tell(account, record)
+            await self._write(record)
 
     async def _write(self, record: RequestRecord) -> None:
         _measure_tokens(record)
@@ -124,6 +126,10 @@ class Recorder:
                     "completion_tokens": record.completion_tokens,
                 },
             )
+
+
+def _tell(account: Account, record: RequestRecord) -> None:
+    account.settled(Usage(record.prompt_tokens, record.completion_tokens, record.cached_tokens))
 
 
 def measure_latency(account: Account) -> None:

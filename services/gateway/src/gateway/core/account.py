@@ -41,6 +41,7 @@ class Account:
     _asks_generator: bool = False
     _left_a_call: bool = False
     _usage: Usage | None = None
+    _when_used: list[Callable[[Usage], None]] = field(default_factory=list, repr=False)
     _completion: list[str] = field(default_factory=list, repr=False)
     _completion_chars: int = 0
 
@@ -100,6 +101,19 @@ class Account:
     def done(self, usage: Usage) -> None:
         """The service told the exact usage."""
         self._usage = usage
+
+    def when_used(self, tell: Callable[[Usage], None]) -> None:
+        """Tells what was used: now, or once it is settled where the generator knows more than we have seen."""
+        if self.is_exact:
+            tell(self.usage)
+        else:
+            self._when_used.append(tell)
+
+    def settled(self, usage: Usage) -> None:
+        """This is what was used, for good."""
+        for tell in self._when_used:
+            tell(usage)
+        self._when_used.clear()
 
     @property
     def usage(self) -> Usage:

@@ -31,14 +31,14 @@ class Tuned:
         self.name = model.model_id
         self.uses_generator = True
         self.fallbacks = Fallbacks()  # no other model is what it was tuned to be
-        self._base = base
+        self.base = base
         self._model = model
 
     async def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Walks the base's graph; the caller closes it in the task that iterates it."""
         # The generator is asked even where no job has told its end yet: it serves a model a moment before we hear it.
         try:
-            async with aclosing(self._base.run(replace(request, adapter=self.name), deadline)) as events:
+            async with aclosing(self.base.run(replace(request, adapter=self.name), deadline)) as events:
                 async for event in events:
                     yield event
         except PlatformError as error:
@@ -81,6 +81,14 @@ class Catalog:
             if model is not None and base is not None:
                 return Tuned(base, model)
         raise model_not_found(name)
+
+    async def declared(self, name: str, tenant: str) -> Sequenced:
+        """The graph as it was declared; that of its base for a tuned model."""
+        graph = await self.graph(name, tenant)
+        if isinstance(graph, Tuned):
+            graph = graph.base
+        assert isinstance(graph, Sequenced)
+        return graph
 
     async def check_answers(self, name: str, tenant: str) -> None:
         """Raises NOT_FOUND unless the tenant can ask the model, or will be able to in a moment."""

@@ -18,7 +18,7 @@ from gateway.core.money import Bound, Purse, purses_of
 from gateway.core.ports import RequestRecord
 from gateway.core.services import Usage
 from gateway.core.serving import Ask
-from gateway.core.sizing import Size
+from gateway.core.token_bounds import Size
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Sizes(Protocol):
     """Knows how much a request can use."""
 
     async def exact(self, ask: Ask) -> Size:
-        """See core.sizing."""
+        """See core.token_bounds."""
         ...
 
 

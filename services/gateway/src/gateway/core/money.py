@@ -12,7 +12,7 @@ from chassis.errors import Code, PlatformError
 from gateway.core.policy import Budget
 from gateway.core.ports import Principal
 from gateway.core.services import Usage
-from gateway.core.sizing import Size
+from gateway.core.token_bounds import Size
 
 _PER_TOKENS = 1_000_000
 MS_PER_DAY = 86_400_000

@@ -35,6 +35,7 @@ class Ask:
     model: str  # the graph or the encoder that answers
     requests: tuple[GraphRequest, ...] = ()  # one for each prompt
     inputs: tuple[str | tuple[int, ...], ...] = ()  # what an encoder reads: texts or token ids
+    prompt_tokens: tuple[int, ...] | None = None  # of each request, once a stage has counted them
 
     @property
     def priority(self) -> int:

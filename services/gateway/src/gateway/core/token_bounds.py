@@ -4,13 +4,13 @@ A bound from the bytes of the text costs nothing and is some four times too high
 tokenizer. Neither is ever too low: no tokenizer here makes more tokens of a text than it has bytes.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from chassis.errors import PlatformError
-from gateway.core.graph import GraphRequest, Sequenced
-from gateway.core.services import Embedder, Generator, Prompt
+from gateway.core.graph import GraphRequest
+from gateway.core.prompts import PromptCounter
+from gateway.core.services import Embedder, Prompt
 from gateway.core.serving import Ask
 
 UNKNOWN = 2**40  # more tokens than any model has room for
@@ -18,9 +18,6 @@ _LEAST_COMPLETION = 16  # an answer that would be cut shorter than this is refus
 _TEMPLATE_TOKENS = 256  # what a chat template adds, to the whole and to each message
 _MESSAGE_TOKENS = 32
 _SPECIAL_TOKENS = 4  # that an encoder adds to an input
-_TOKENIZE_TIMEOUT_S = 2.0
-_CONTEXT_TTL_S = 60.0
-_AWAY_TTL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,80 +34,51 @@ class Size:
     is_exact: bool = True
 
 
-class Sizes:
-    """Sizes requests. graphs: by name."""
+class TokenBounds:
+    """Sizes requests."""
 
-    def __init__(
-        self,
-        graphs: Mapping[str, Sequenced],
-        generator: Generator,
-        embedder: Embedder,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._graphs = graphs
-        self._generator = generator
+    def __init__(self, prompts: PromptCounter, embedder: Embedder) -> None:
+        self._prompts = prompts
         self._embedder = embedder
-        self._clock = clock
-        self._contexts: dict[str, tuple[float, int | None]] = {}  # until when it holds, and the length
 
-    async def bound(self, ask: Ask) -> Size:
+    async def rough(self, ask: Ask) -> Size:
         """At least what the request may use, by its bytes."""
+        prompts = tuple(_most_tokens(request.prompt) for request in ask.requests)
         if not ask.requests:
             most = sum(_most_tokens(one) + _SPECIAL_TOKENS for one in ask.inputs)
             return Size(most, most, is_exact=False)
-        prompts = tuple(_most_tokens(request.prompt) for request in ask.requests)
-        is_exact = all(isinstance(request.prompt, tuple) for request in ask.requests)
-        return await self._graph_size(ask, prompts, is_exact=is_exact)
+        return await self._size(ask, prompts, is_exact=all(isinstance(one.prompt, tuple) for one in ask.requests))
 
     async def exact(self, ask: Ask) -> Size:
-        """What the request may use; the bound, where the tokenizer is away."""
+        """What the request may use; by its bytes, where the tokenizer is away."""
         try:
-            timeout_s = min(_TOKENIZE_TIMEOUT_S, ask.deadline.remaining_s())
             if not ask.requests:
-                most = await self._count_inputs(ask.model, ask.inputs, timeout_s)
+                most = await self._count_inputs(ask)
                 return Size(most, most)
-            prompts = [await self._count_prompt(ask.model, one.prompt, timeout_s) for one in ask.requests]
+            prompts = await self._prompts.count(ask)
         except PlatformError:
             if not ask.requests:
-                return await self.bound(ask)
-            prompts = [_most_tokens(request.prompt) for request in ask.requests]
-        return await self._graph_size(ask, tuple(prompts), is_exact=True)
+                return await self.rough(ask)
+            prompts = tuple(_most_tokens(request.prompt) for request in ask.requests)
+        return await self._size(ask, prompts, is_exact=True)
 
-    async def _count_prompt(self, model: str, prompt: Prompt, timeout_s: float) -> int:
-        if isinstance(prompt, tuple):
-            return len(prompt)
-        return (await self._generator.tokenize(self._model(model), prompt, timeout_s=timeout_s)).num_tokens
+    async def _count_inputs(self, ask: Ask) -> int:
+        texts = [one for one in ask.inputs if isinstance(one, str)]
+        ids = [one for one in ask.inputs if not isinstance(one, str)]
+        counts = await self._embedder.count_tokens(ask.model, texts, timeout_s=ask.deadline.remaining_s())
+        return sum(counts) + sum(len(one) + _SPECIAL_TOKENS for one in ids)
 
-    async def _count_inputs(self, model: str, inputs: Sequence[str | tuple[int, ...]], timeout_s: float) -> int:
-        texts = [one for one in inputs if isinstance(one, str)]
-        counts = await self._embedder.count_tokens(model, texts, timeout_s=timeout_s) if texts else ()
-        return sum(counts) + sum(len(one) + _SPECIAL_TOKENS for one in inputs if not isinstance(one, str))
-
-    async def _graph_size(self, ask: Ask, prompts: tuple[int, ...], *, is_exact: bool) -> Size:
-        context = await self._context_length(self._model(ask.model))
-        graph = self._graphs.get(_base(ask.model))
-        is_plain = graph is not None and graph.is_plain
+    async def _size(self, ask: Ask, prompts: tuple[int, ...], *, is_exact: bool) -> Size:
+        _, is_plain = await self._prompts.model_behind(ask)
+        try:
+            context: int | None = await self._prompts.context_length(ask)
+        except PlatformError:
+            context = None
         least, most = 0, 0
         for request, prompt in zip(ask.requests, prompts, strict=True):
             fewest, highest = _tokens(request, prompt, context, is_plain=is_plain, is_exact=is_exact)
             least, most = least + fewest, most + highest
         return Size(least if is_exact else most, most, prompts, context, is_exact)
-
-    async def _context_length(self, model: str) -> int | None:
-        until_s, length = self._contexts.get(model, (0.0, None))
-        if until_s > self._clock():
-            return length
-        try:
-            length = (await self._generator.tokenize(model, "?", timeout_s=_TOKENIZE_TIMEOUT_S)).context_length
-            ttl_s = _CONTEXT_TTL_S
-        except PlatformError:
-            ttl_s = _AWAY_TTL_S  # the length that was known holds on
-        self._contexts[model] = (self._clock() + ttl_s, length)
-        return length
-
-    def _model(self, name: str) -> str:
-        graph = self._graphs.get(_base(name))
-        return graph.model if graph else name
 
 
 def cut(requests: Sequence[GraphRequest], size: Size, tokens: int) -> tuple[GraphRequest, ...]:
@@ -149,10 +117,6 @@ def _tokens(
 
 def _rest(context: int | None, prompt: int) -> int:
     return UNKNOWN if context is None else max(0, context - prompt)
-
-
-def _base(model: str) -> str:
-    return model.partition(":")[0]  # a tuned model has its base's tokenizer and context
 
 
 def _most_tokens(prompt: Prompt) -> int:
