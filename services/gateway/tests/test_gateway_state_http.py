@@ -9,7 +9,6 @@ from gateway.api import errors
 from gateway.api.http_admin import admin_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_jobs import jobs_router
-from gateway.api.http_later import later_router
 from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
 from gateway.api.middleware import RequestFrame
@@ -114,7 +113,6 @@ async def gateway(tmp_path):
         search_router(retriever),
         admin_router(keys, SqliteLedger(database, outbox, events.request_completed)),
         monitor_router(monitor, FakeTuned()),
-        later_router(),
     ):
         routes.include_router(router)
     capped = BodyCap(routes, max_body_bytes=200_000, max_upload_bytes=10**9)
@@ -486,8 +484,3 @@ async def test_profiles_of_a_tuned_model_are_for_its_tenant_and_for_admins(gatew
 
     assert await seen() == ["m", "m:of-acme"]
     assert await seen(ADMIN_KEY) == models
-
-
-@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/batches"), ("GET", "/v1/batches")])
-async def test_what_is_not_there_yet_says_so(gateway, method, path):
-    assert refused(await gateway.send(method, path), 501)["code"] == "not_implemented"

@@ -45,6 +45,7 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
                 settings.max_upload_bytes + _MULTIPART_OVERHEAD_BYTES,
             ),
             routers=state.routers,
+            in_process=state.in_process,
         )
     )
 
@@ -82,6 +83,8 @@ async def _open_state(
         bootstrap_admin_key=admin_key.get_secret_value() if admin_key else None,
         max_upload_bytes=settings.max_upload_bytes,
         max_tenant_upload_bytes=settings.max_tenant_upload_bytes,
+        max_body_bytes=settings.max_body_bytes,
+        max_batch_lines_in_flight=settings.max_batch_lines_in_flight,
         request_timeout_s=settings.request_timeout_s,
         bus=bus,
         graphs=graphs,

@@ -35,3 +35,6 @@ class GatewaySettings(ServiceSettings):
     max_tenant_upload_bytes: int = Field(
         4 * 1024**3, ge=1024, description="Most bytes that one tenant may keep in /v1/files."
     )
+    max_batch_lines_in_flight: int = Field(
+        4, ge=1, le=256, description="Most lines of batches that are being answered at a time, all batches together."
+    )

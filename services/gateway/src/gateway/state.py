@@ -14,7 +14,10 @@ from fastapi import APIRouter
 from pressroom.gateway.v1 import gateway_pb2_grpc
 
 from chassis.bus import Bus
+from chassis.jobs import Cancellations
+from contracts.jobs import decode_cancel
 from contracts.names import DEFAULT_TENANT
+from gateway.api.batch_worker import BatchWorker
 from gateway.api.consumers import JobConsumer, RevocationListener
 from gateway.api.grpc_files import FileServicer
 from gateway.api.grpc_graphs import GraphServicer
@@ -22,10 +25,12 @@ from gateway.api.http_admin import admin_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
-from gateway.api.http_later import later_router
 from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
+from gateway.api.in_process import InProcess
 from gateway.api.middleware_account import Recorder
+from gateway.api.openai_batches import PATH as BATCHES
+from gateway.api.openai_batches import batches_router
 from gateway.api.openai_files import files_router
 from gateway.api.openai_finetuning import finetuning_router
 from gateway.api.relay import Relay
@@ -36,6 +41,7 @@ from gateway.backends.evaluator_tasks import EvaluatorTasks
 from gateway.backends.monitor_profiles import MonitorProfiles
 from gateway.backends.retriever_documents import RetrieverDocuments
 from gateway.backends.sqlite import Database
+from gateway.backends.sqlite_batches import SqliteBatches
 from gateway.backends.sqlite_documents import SqliteDocuments
 from gateway.backends.sqlite_finetuning import SqliteEvaluations, SqliteFinetunes
 from gateway.backends.sqlite_jobs import SqliteJobs
@@ -46,6 +52,8 @@ from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.backends.sqlite_uploads import SqliteUploads
 from gateway.backends.trainer_runs import TrainerRuns
 from gateway.backends.valkey_limits import ValkeyLimiter
+from gateway.core.batch_run import BatchRunner
+from gateway.core.batches import Batches
 from gateway.core.catalog import Catalog
 from gateway.core.documents import Library
 from gateway.core.evaluations import Evaluations
@@ -77,6 +85,7 @@ class State:
     """What main needs of the gateway's state.
 
     routers: to include in the HTTP app, after the authentication middleware (request.state.principal is read).
+    in_process: asks the HTTP app in the name of batches, once the app is made.
     servicers: what app.add_grpc takes.
     tasks: name and coroutine function of what runs until cancelled, for app.spawn(name, fn()).
     close: for app.on_close; waits for what is being written.
@@ -88,6 +97,7 @@ class State:
     recorder: Recorder
     catalog: Catalog
     serving: Serving
+    in_process: InProcess
     routers: tuple[APIRouter, ...]
     servicers: tuple[tuple[Callable[[Any, Any], None], object, str], ...]
     tasks: tuple[tuple[str, Callable[[], Coroutine[Any, Any, None]]], ...]
@@ -103,6 +113,8 @@ async def open_state(
     bootstrap_admin_key: str | None,
     max_upload_bytes: int,
     max_tenant_upload_bytes: int,
+    max_body_bytes: int,
+    max_batch_lines_in_flight: int,
     request_timeout_s: float,
     bus: Bus,
     graphs: Mapping[str, Sequenced],
@@ -124,6 +136,7 @@ async def open_state(
     documents = SqliteDocuments(database, outbox)
     kept = SqliteUploads(database, max_tenant_bytes=max_tenant_upload_bytes)
     finetunes = SqliteFinetunes(database, outbox)
+    batches = SqliteBatches(database, outbox)
     files = DirectoryFiles(files_dir)
     control = BusControl(bus)
     index = RetrieverDocuments(peers.retriever)
@@ -142,6 +155,17 @@ async def open_state(
         await keys.bootstrap(bootstrap_admin_key, ADMIN_TENANT, is_admin=True, allows_text=False)
     await files.sweep(await documents.file_ids() | await kept.file_ids())
 
+    in_process = InProcess(accounted_as=BATCHES)
+    runner = BatchRunner(
+        batches,
+        kept,
+        files,
+        in_process,
+        keys,
+        max_in_flight=max_batch_lines_in_flight,
+        max_line_bytes=max_body_bytes,
+    )
+    batch_worker = BatchWorker(bus, runner, Cancellations(decode_cancel))
     job_consumer = JobConsumer(bus, jobs, files, control)
 
     async def close() -> None:
@@ -156,6 +180,7 @@ async def open_state(
         recorder=recorder,
         catalog=catalog,
         serving=serving,
+        in_process=in_process,
         routers=(
             documents_router(library, max_upload_bytes=max_upload_bytes),
             files_router(Uploads(files, kept), files, max_upload_bytes=max_upload_bytes),
@@ -165,7 +190,7 @@ async def open_state(
             search_router(index),
             admin_router(keys, ledger),
             monitor_router(MonitorProfiles(peers.monitor), finetunes),
-            later_router(),
+            batches_router(Batches(batches, kept, events.batch_job), control),
         ),
         servicers=(
             (
@@ -183,6 +208,8 @@ async def open_state(
             ("outbox-relay", Relay(outbox, bus).run),
             ("job-progress", job_consumer.consume_progress),
             ("dead-jobs", job_consumer.consume_dead_jobs),
+            ("batches", batch_worker.consume),
+            ("batch-cancellations", batch_worker.listen),
             ("revoked-keys", RevocationListener(bus, keys).listen),
         ),
         close=close,

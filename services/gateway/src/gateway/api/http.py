@@ -8,6 +8,7 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
 from gateway.api import errors
+from gateway.api.in_process import InProcess
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, RateLimit
 from gateway.api.middleware_account import Accounting, Recorder
@@ -40,8 +41,12 @@ def make_app(
     recorder: Recorder,
     limits: Limits,
     routers: Iterable[APIRouter] = (),
+    in_process: InProcess | None = None,
 ) -> ASGIApp:
-    """Makes the application; `routers` are those of the gateway's state (documents, jobs, search, admin)."""
+    """Makes the application; `routers` are those of the gateway's state (documents, jobs, search, admin).
+
+    `in_process` will ask it in the name of clients that it knows.
+    """
     # FastAPI's own spans take the client's headers for their parent and would begin a second trace beside the frame's.
     no_telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
     routes = FastAPI(title="Pressroom", docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=no_telemetry)
@@ -57,4 +62,6 @@ def make_app(
     # From the outside in: the frame, the key, the account, the limit, the size, the routes.
     capped = BodyCap(routes, max_body_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
     accounted = Accounting(RateLimit(capped, limiter=limiter), recorder=recorder)
+    if in_process is not None:
+        in_process.serve(accounted, limits.timeout_s)
     return RequestFrame(Authentication(accounted, keys=keys, open_app=routes), timeout_s=limits.timeout_s)

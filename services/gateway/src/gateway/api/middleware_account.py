@@ -70,7 +70,7 @@ class Accounting:
             request_id=state["request_id"],
             trace_id=state["trace_id"],
             traceparent=telemetry.traceparent(),
-            route=scope["path"],
+            route=state.get("accounted_as", scope["path"]),
             principal=state["principal"],
             answer_headers=state["answer_headers"],
         )
@@ -106,7 +106,8 @@ class Accounting:
             account.error_code = error_code(error)
         elif status >= 500:
             account.error_code = "internal_error"
-        measure_latency(account)
+        if account.route in INFERENCE_ROUTES:  # what jobs ask waits behind people, and would hide their latencies
+            measure_latency(account)
         measure_tokens(account)
         await self._recorder.write(account.record(status))
 
