@@ -91,8 +91,12 @@ async def _open_state(
         peers=peers,
     )
     app.on_close(state.close)
-    for add_to_server, servicer, name in state.servicers:
+    for add_to_server, servicer, name in (*state.servicers, *state.public_servicers):
         app.add_grpc(add_to_server, servicer, name)
+    if settings.public_grpc_port is not None:
+        server = app.add_grpc_port(settings.public_grpc_port)
+        for add_to_server, servicer, _ in state.public_servicers:
+            add_to_server(servicer, server)
     for name, run in state.tasks:
         app.spawn(name, run())
     return state

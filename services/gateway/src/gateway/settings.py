@@ -38,3 +38,9 @@ class GatewaySettings(ServiceSettings):
     max_batch_lines_in_flight: int = Field(
         4, ge=1, le=256, description="Most lines of batches that are being answered at a time, all batches together."
     )
+    public_grpc_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port of the gRPC services for clients outside, which check keys; grpc_port is for our services.",
+    )

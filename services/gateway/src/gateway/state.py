@@ -6,6 +6,7 @@ main.py calls open_state once and adds what comes back to the app; it knows noth
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
 from gateway.api.in_process import InProcess
 from gateway.api.middleware_account import Recorder
+from gateway.api.open_inference import OpenInference
+from gateway.api.open_inference_grpc import ADD_TO_SERVER, SERVICE, InferenceServicer
+from gateway.api.open_inference_rest import open_inference_router
 from gateway.api.openai_batches import PATH as BATCHES
 from gateway.api.openai_batches import batches_router
 from gateway.api.openai_files import files_router
@@ -61,11 +65,16 @@ from gateway.core.finetuning import Finetuning
 from gateway.core.graph import Sequenced
 from gateway.core.keys import KeyRing
 from gateway.core.ports import Keys, Ledger, RequestLimiter
+from gateway.core.readiness import Readiness
 from gateway.core.services import Embedder, Generator
 from gateway.core.serving import Serving
 from gateway.core.uploads import Uploads
 
 ADMIN_TENANT = "admin"
+_PROBE_TIMEOUT_S = 1.0
+
+Servicer = tuple[Callable[[Any, Any], None], object, str]
+"""What adds it to a server, itself, and its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,7 @@ class State:
 
     routers: to include in the HTTP app, after the authentication middleware (request.state.principal is read).
     in_process: asks the HTTP app in the name of batches, once the app is made.
-    servicers: what app.add_grpc takes.
+    servicers: what app.add_grpc takes; public_servicers too, and they check keys by themselves.
     tasks: name and coroutine function of what runs until cancelled, for app.spawn(name, fn()).
     close: for app.on_close; waits for what is being written.
     """
@@ -99,7 +108,8 @@ class State:
     serving: Serving
     in_process: InProcess
     routers: tuple[APIRouter, ...]
-    servicers: tuple[tuple[Callable[[Any, Any], None], object, str], ...]
+    servicers: tuple[Servicer, ...]
+    public_servicers: tuple[Servicer, ...]
     tasks: tuple[tuple[str, Callable[[], Coroutine[Any, Any, None]]], ...]
     close: Callable[[], Awaitable[None]]
 
@@ -155,6 +165,13 @@ async def open_state(
         await keys.bootstrap(bootstrap_admin_key, ADMIN_TENANT, is_admin=True, allows_text=False)
     await files.sweep(await documents.file_ids() | await kept.file_ids())
 
+    inference = OpenInference(serving, catalog, peers.embedder)
+    readiness = Readiness(
+        (
+            partial(peers.generator.list_models, timeout_s=_PROBE_TIMEOUT_S),
+            partial(peers.embedder.list_models, timeout_s=_PROBE_TIMEOUT_S),
+        )
+    )
     in_process = InProcess(accounted_as=BATCHES)
     runner = BatchRunner(
         batches,
@@ -190,6 +207,7 @@ async def open_state(
             search_router(index),
             admin_router(keys, ledger),
             monitor_router(MonitorProfiles(peers.monitor), finetunes),
+            open_inference_router(inference, readiness),
             batches_router(Batches(batches, kept, events.batch_job), control),
         ),
         servicers=(
@@ -202,6 +220,13 @@ async def open_state(
                 gateway_pb2_grpc.add_GraphServiceServicer_to_server,
                 GraphServicer(serving, jobs, recorder, timeout_s=request_timeout_s),
                 "pressroom.gateway.v1.GraphService",
+            ),
+        ),
+        public_servicers=(
+            (
+                ADD_TO_SERVER,
+                InferenceServicer(inference, readiness, keys, limiter, recorder, timeout_s=request_timeout_s),
+                SERVICE,
             ),
         ),
         tasks=(

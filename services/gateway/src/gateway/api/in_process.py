@@ -80,7 +80,7 @@ class _Exchange:
 
     async def _refuse(self, error: PlatformError, scope: Scope) -> None:
         if not self.status:
-            await errors.error_response(error)(scope, self._receive, self._send)
+            await errors.error_response(error, scope)(scope, self._receive, self._send)
 
     async def _receive(self) -> Message:
         if self._body is None:  # nobody leaves: who asks cancels the task

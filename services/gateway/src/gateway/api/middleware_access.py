@@ -18,7 +18,7 @@ _UPLOADS = ("/v1/documents", "/v1/files")
 
 def is_protected(path: str) -> bool:
     """Says whether a path needs a key; what is none of ours is simply not found."""
-    return path.startswith(("/v1/", "/admin/")) or path in ("/v1", "/admin")
+    return path.startswith(("/v1/", "/admin/", "/v2/models/")) or path in ("/v1", "/admin")
 
 
 class Authentication:
@@ -34,7 +34,7 @@ class Authentication:
         if not is_protected(scope["path"]):
             await self._open_app(scope, receive, send)
             return
-        principal = await self._keys.authenticate(_bearer_key(Headers(scope=scope)))
+        principal = await self._keys.authenticate(bearer_key(Headers(scope=scope)))
         state = scope["state"]
         state["principal"] = principal
         # The request's task ends with the request, and the outermost layer resets what was before.
@@ -42,7 +42,8 @@ class Authentication:
         await self._app(scope, receive, send)
 
 
-def _bearer_key(headers: Headers) -> str:
+def bearer_key(headers: Headers) -> str:
+    """The key that a request brings; raises UNAUTHENTICATED."""
     sent = headers.getlist("authorization")
     if not sent:
         raise PlatformError(
@@ -72,14 +73,19 @@ class RateLimit:
         """Passes on, or raises RATE_LIMITED."""
         state = await self._limiter.hit(scope["state"]["principal"])
         scope["state"]["answer_headers"] |= _limit_headers(state)
-        if not state.allowed:
-            raise PlatformError(
-                Code.RATE_LIMITED,
-                f"this key may send {state.limit} requests per minute; try again in {math.ceil(state.reset_s)} s",
-                reason="rate_limit_exceeded",
-                retry_after_s=state.reset_s,
-            )
+        require_allowed(state)
         await self._app(scope, receive, send)
+
+
+def require_allowed(state: LimitState) -> None:
+    """Raises RATE_LIMITED for a request that is one too many."""
+    if not state.allowed:
+        raise PlatformError(
+            Code.RATE_LIMITED,
+            f"this key may send {state.limit} requests per minute; try again in {math.ceil(state.reset_s)} s",
+            reason="rate_limit_exceeded",
+            retry_after_s=state.reset_s,
+        )
 
 
 def _limit_headers(state: LimitState) -> dict[str, str]:

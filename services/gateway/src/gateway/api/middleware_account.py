@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,6 +16,15 @@ from gateway.core.ports import Ledger, RequestRecord
 log = logging.getLogger(__name__)
 
 INFERENCE_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+_MODEL_ROUTE = re.compile(r"/v2/models/[^/]+(?:/versions/[^/]+)?/(infer|generate)")
+
+
+def inference_route(path: str) -> str | None:
+    """The route that a request to a model is accounted to, without what clients put into it; None for other paths."""
+    if path in INFERENCE_ROUTES:
+        return path
+    of_model = _MODEL_ROUTE.fullmatch(path)
+    return f"/v2/models/{{model}}/{of_model[1]}" if of_model else None
 
 
 class Recorder:
@@ -62,7 +72,8 @@ class Accounting:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on; routes find the account in the scope's state."""
-        if scope["method"] != "POST" or scope["path"] not in INFERENCE_ROUTES:
+        route = inference_route(scope["path"])
+        if scope["method"] != "POST" or route is None:
             await self._app(scope, receive, send)
             return
         state = scope["state"]
@@ -70,7 +81,7 @@ class Accounting:
             request_id=state["request_id"],
             trace_id=state["trace_id"],
             traceparent=telemetry.traceparent(),
-            route=state.get("accounted_as", scope["path"]),
+            route=state.get("accounted_as", route),
             principal=state["principal"],
             answer_headers=state["answer_headers"],
         )
@@ -97,6 +108,8 @@ class Accounting:
             status = status or 500
             raise
         finally:
+            if "accounted_as" not in state:  # what jobs ask waits behind people, and would hide their latencies
+                measure_latency(account)
             await self._settle(account, state.get("error"), status or CLIENT_LEFT)
 
     async def _settle(self, account: Account, error: PlatformError | None, status: int) -> None:
@@ -106,8 +119,6 @@ class Accounting:
             account.error_code = error_code(error)
         elif status >= 500:
             account.error_code = "internal_error"
-        if account.route in INFERENCE_ROUTES:  # what jobs ask waits behind people, and would hide their latencies
-            measure_latency(account)
         measure_tokens(account)
         await self._recorder.write(account.record(status))
 

@@ -1,4 +1,4 @@
-"""The gateway's real state and routes over a fake bus, generator and embedder, for batches; and the official client."""
+"""The gateway's real state and servers over a fake bus, generator and embedder; and the official client."""
 
 import asyncio
 import contextlib
@@ -83,7 +83,12 @@ class FakeGenerator:
         return [call.prompt.messages[-1].content if isinstance(call.prompt, Chat) else "" for call in self.calls]
 
 
+@dataclass
 class FakeEmbedder:
+    """Vectors of two numbers."""
+
+    error: PlatformError | None = None
+
     async def embed(
         self, model: str, inputs: Sequence[object], *, truncate: bool, dimensions: int, timeout_s: float
     ) -> Embedded:
@@ -92,6 +97,8 @@ class FakeEmbedder:
         return Embedded(tuple([0.5, 0.25] for _ in inputs), len(inputs))
 
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:
+        if self.error is not None:
+            raise self.error
         return [ServedModel(ENCODER, 1_600)]
 
 
@@ -101,8 +108,10 @@ class Gateway:
 
     state: State
     generator: FakeGenerator
+    embedder: "FakeEmbedder"
     bus: FakeBus
     url: str
+    grpc_addr: str  # of the services for clients outside
     keys: dict[str, str]
     clients: list[AsyncOpenAI] = field(default_factory=list)
 
@@ -111,6 +120,16 @@ class Gateway:
         made = AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.keys[tenant], max_retries=0)
         self.clients.append(made)
         return made
+
+    async def accounted(self, rows: list[tuple[Any, ...]], columns: slice = slice(4, 7)) -> None:
+        """Waits until the ledger's totals are these: they are written when the answer has been sent."""
+
+        async def are_so() -> bool:
+            found = sorted(row[columns] for row in await self.usage())
+            assert found == sorted(rows)
+            return True
+
+        await eventually(are_so)
 
     async def usage(self) -> list[tuple[Any, ...]]:
         """The ledger's totals: tenant, key, model, requests, errors, prompt and completion tokens."""
@@ -153,6 +172,12 @@ async def running(data_dir: Path, generator: FakeGenerator, bus: FakeBus) -> Asy
         )
         tasks = [asyncio.create_task(run()) for _, run in state.tasks]
         stack.push_async_callback(_cut_off, tasks)
+        public = rpc.make_server("gateway")
+        for add_to_server, servicer, _ in state.public_servicers:
+            add_to_server(servicer, public)
+        grpc_addr = f"127.0.0.1:{public.add_insecure_port('127.0.0.1:0')}"
+        await public.start()
+        stack.push_async_callback(public.stop, 1)
         port = free_port()
         server = uvicorn.Server(
             uvicorn.Config(app, host="127.0.0.1", port=port, lifespan="off", log_config=None, access_log=False)
@@ -160,7 +185,8 @@ async def running(data_dir: Path, generator: FakeGenerator, bus: FakeBus) -> Asy
         serving = asyncio.create_task(server.serve())
         await eventually(lambda: server.started)
         _, other = await state.keys.create("other", requests_per_minute=None)  # type: ignore[attr-defined]
-        made = Gateway(state, generator, bus, f"http://127.0.0.1:{port}", {"default": KEY, "other": other})
+        url = f"http://127.0.0.1:{port}"
+        made = Gateway(state, generator, embedder, bus, url, grpc_addr, {"default": KEY, "other": other})
         yield made
         for client in made.clients:
             await client.close()
