@@ -8,6 +8,7 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
 from gateway.api import errors
+from gateway.api.http_health import health_router
 from gateway.api.in_process import InProcess
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, RateLimit
@@ -56,6 +57,7 @@ def make_app(
         completions_router(serving),
         embeddings_router(embedder, serving),
         models_router(catalog),
+        health_router(),
         *routers,
     ):
         routes.include_router(router)
