@@ -155,6 +155,66 @@ SIGNALS = Dashboard(
             ],
         ),
         (
+            "Flow control",
+            [
+                Panel(
+                    "Places at the backends",
+                    "short",
+                    [
+                        ("sum by (backend) (pressroom_admission_waiting)", "{{backend}} requests waiting"),
+                        ("sum by (backend) (pressroom_admission_running)", "{{backend}} sequences running"),
+                        ("sum by (backend) (pressroom_admission_limit)", "{{backend}} limit"),
+                    ],
+                    "What the gateway holds back, has let through, and lets through at most (found out by itself).",
+                ),
+                Panel(
+                    "Wait for a turn",
+                    "s",
+                    quantiles("pressroom_admission_wait_seconds", "", "backend", 0.5, 0.95),
+                    "Of the requests that went on. A part of the time to the first token.",
+                ),
+                Panel(
+                    "Shed requests",
+                    "reqps",
+                    [
+                        (
+                            "sum by (backend, cause) (rate(pressroom_admission_shed_total[$__rate_interval]))",
+                            "{{backend}} {{cause}}",
+                        )
+                    ],
+                    "503 at arrival. wait and deadline: it would have come too late; full: no place in the queue.",
+                ),
+                Panel(
+                    "Retries",
+                    "reqps",
+                    [
+                        (
+                            "sum by (backend, outcome) (rate(pressroom_backend_retries_total[$__rate_interval]))",
+                            "{{backend}} {{outcome}}",
+                        )
+                    ],
+                    "Before the first token. denied: the budget of a tenth of the requests was spent.",
+                ),
+                Panel(
+                    "Breakers",
+                    "short",
+                    [("max by (backend, address) (pressroom_breaker_state)", "{{backend}} {{address}}")],
+                    "0: it is asked. 2: it failed and is left alone. 1: the next request tries it.",
+                ),
+                Panel(
+                    "Answers by a fallback",
+                    "reqps",
+                    [
+                        (
+                            "sum by (model, answered_by) (rate(pressroom_fallbacks_total[$__rate_interval]))",
+                            "{{model}} by {{answered_by}}",
+                        )
+                    ],
+                    "Another model answered than the one that was asked.",
+                ),
+            ],
+        ),
+        (
             "Services",
             [
                 Panel(

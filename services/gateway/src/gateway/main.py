@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 
 import grpc.aio
 
@@ -11,11 +12,11 @@ from chassis.nats_bus import NatsBus
 from chassis.settings import EXIT_BAD_CONFIGURATION, load_settings
 from contracts.subjects import STREAMS
 from gateway.api.http import Limits, make_app
-from gateway.backends.embedder import GrpcEmbedder
-from gateway.backends.generator import GrpcGenerator
+from gateway.backends.generator_usage import GeneratorUsage
 from gateway.backends.graph_files import Declaration, Services, assemble, read_graphs
-from gateway.backends.retriever import GrpcRetriever
+from gateway.backends.oidc import OidcVerifier, PublicKeySet, Trust, public_keys, reads_file, reads_url
 from gateway.core.graph import GraphError, Sequenced
+from gateway.flow import Flow, open_flow
 from gateway.settings import GatewaySettings
 from gateway.state import Peers, State, open_state
 
@@ -27,9 +28,12 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
     """Joins state, graphs and routes. What it calls may be away: nothing is waited for."""
     bus = NatsBus.connect(settings.nats_url, "gateway", STREAMS)
     app.on_close(bus.close)
-    peers = _open_peers(app, settings)
+    retriever = _open_channel(app, settings.retriever_addr)
+    flow = open_flow(settings, retriever, partial(_open_channel, app))
+    app.set_queue_depth(flow.num_waiting)
+    peers = _open_peers(app, settings, flow, retriever)
     span = telemetry.tracer().start_as_current_span
-    services = Services(peers.generator, peers.embedder, GrpcRetriever(peers.retriever), span)
+    services = Services(flow.generator, flow.embedder, flow.retriever, span)
     state = await _open_state(app, settings, bus, assemble(declarations, services), peers)
     app.mount_http(
         make_app(
@@ -50,11 +54,15 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
     )
 
 
-def _open_peers(app: App, settings: GatewaySettings) -> Peers:
+def _open_peers(app: App, settings: GatewaySettings, flow: Flow, retriever: grpc.aio.Channel) -> Peers:
+    usages = GeneratorUsage(settings.generator_addr.split(","))
+    app.on_close(usages.close)
     return Peers(
-        generator=GrpcGenerator(_open_channel(app, settings.generator_addr)),
-        embedder=GrpcEmbedder(_open_channel(app, settings.embedder_addr)),
-        retriever=_open_channel(app, settings.retriever_addr),
+        generator=flow.generator,
+        usages=usages,
+        embedder=flow.embedder,
+        admission=flow.admission,
+        retriever=retriever,
         trainer=_open_channel(app, settings.trainer_addr),
         evaluator=_open_channel(app, settings.evaluator_addr),
         monitor=_open_channel(app, settings.monitor_addr),
@@ -86,9 +94,11 @@ async def _open_state(
         max_body_bytes=settings.max_body_bytes,
         max_batch_lines_in_flight=settings.max_batch_lines_in_flight,
         request_timeout_s=settings.request_timeout_s,
+        local_limit_share=settings.local_limit_share,
         bus=bus,
         graphs=graphs,
         peers=peers,
+        oidc=_oidc(settings),
     )
     app.on_close(state.close)
     for add_to_server, servicer, name in (*state.servicers, *state.public_servicers):
@@ -102,6 +112,24 @@ async def _open_state(
     return state
 
 
+def _oidc(settings: GatewaySettings) -> OidcVerifier | None:
+    if settings.oidc_issuer is None or settings.oidc_audience is None:
+        return None
+    if settings.oidc_jwks_file is not None:
+        read = reads_file(settings.oidc_jwks_file)
+    else:
+        assert settings.oidc_jwks_url is not None, "the settings have checked it"
+        read = reads_url(settings.oidc_jwks_url)
+    trust = Trust(
+        settings.oidc_issuer,
+        settings.oidc_audience,
+        settings.oidc_tenant_claim,
+        settings.oidc_scopes_claim,
+        settings.oidc_models_claim,
+    )
+    return OidcVerifier(trust, PublicKeySet(read))
+
+
 def main() -> int:
     """Checks settings and graphs before anything is opened, then serves until told to stop."""
     settings = load_settings(GatewaySettings)
@@ -110,6 +138,12 @@ def main() -> int:
     except GraphError as error:
         print(f"bad configuration: graph {error}. Mend it in GATEWAY_GRAPHS_DIR", file=sys.stderr)
         return EXIT_BAD_CONFIGURATION
+    if settings.oidc_jwks_file is not None:
+        try:
+            public_keys(settings.oidc_jwks_file.read_bytes())
+        except (OSError, ValueError) as error:
+            print(f"bad configuration: GATEWAY_OIDC_JWKS_FILE: {error}. Name a JWKS file", file=sys.stderr)
+            return EXIT_BAD_CONFIGURATION
 
     async def setup(app: App) -> None:
         await compose(app, settings, declarations)

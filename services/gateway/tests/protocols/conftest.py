@@ -3,11 +3,13 @@
 import asyncio
 import contextlib
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
 from openai import AsyncOpenAI
@@ -18,6 +20,7 @@ from chassis.telemetry import tracer
 from gateway.api.http import Limits, make_app
 from gateway.backends.graph_files import Services, assemble, read_graphs
 from gateway.backends.retriever import GrpcRetriever
+from gateway.core.ledger import Final
 from gateway.core.services import (
     Chat,
     Delta,
@@ -52,6 +55,7 @@ class FakeGenerator:
     failures: dict[str, list[PlatformError]] = field(default_factory=dict)  # what a prompt meets before its answer
     num_running: int = 0
     most_running: int = 0
+    used: dict[str, list[Usage]] = field(default_factory=dict)  # by usage id, one for each call
 
     async def generate(self, call: Generation, *, timeout_s: float) -> Any:
         self.calls.append(call)
@@ -62,10 +66,14 @@ class FakeGenerator:
             await asyncio.sleep(0)
             if self.failures.get(text):
                 raise self.failures[text].pop(0)
+            used = self.used.setdefault(call.usage_id, [])
+            used.append(Usage(3))
             yield Started(3, "v1")
+            used[-1] = Usage(3, 1)
             yield Delta(0, "so: ", 1)
             while text in self.held:  # noqa: ASYNC110 - the test lets go of a set's member
                 await asyncio.sleep(0.01)
+            used[-1] = Usage(3, 2)
             yield Delta(0, text, 1)
             yield Finished(0, "stop")
             yield Done(Usage(3, 2, 0))
@@ -77,6 +85,14 @@ class FakeGenerator:
 
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:
         return [ServedModel(BASE, 1_700, BASE)]
+
+    async def final(self, usage_id: str, *, timeout_s: float) -> Final:
+        """What was used under an id, as the book of the generator's usage tells it."""
+        used = self.used.get(usage_id, [])
+        return Final(sum(used, Usage()), len(used), is_complete=True)
+
+    async def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float) -> Sequence[int]:
+        return [3 for _ in texts]
 
     def asked(self) -> list[str]:
         """The texts in the order of asking."""
@@ -96,6 +112,9 @@ class FakeEmbedder:
             raise PlatformError(Code.NOT_FOUND, "unknown encoder")
         return Embedded(tuple([0.5, 0.25] for _ in inputs), len(inputs))
 
+    async def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float) -> Sequence[int]:
+        return [1 for _ in texts]
+
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:
         if self.error is not None:
             raise self.error
@@ -107,6 +126,7 @@ class Gateway:
     """One running gateway over a folder, as a process would be."""
 
     state: State
+    data_dir: Path
     generator: FakeGenerator
     embedder: "FakeEmbedder"
     bus: FakeBus
@@ -132,8 +152,25 @@ class Gateway:
         await eventually(are_so)
 
     async def usage(self) -> list[tuple[Any, ...]]:
-        """The ledger's totals: tenant, key, model, requests, errors, prompt and completion tokens."""
-        return [tuple(row.values()) for row in await self.state.ledger.totals()]  # type: ignore[attr-defined]
+        """The ledger's sums: tenant, key, model, requests, errors, prompt and completion tokens."""
+        with contextlib.closing(sqlite3.connect(self.data_dir / "gateway.db")) as connection:
+            return connection.execute(
+                "SELECT tenant, key_id, model, count(*), sum(error_code <> ''), sum(prompt_tokens), "
+                "sum(completion_tokens) FROM usage GROUP BY tenant, key_id, model"
+            ).fetchall()
+
+    async def admin(self, method: str, path: str, **rest: Any) -> dict[str, Any]:
+        """A request with the admin's key."""
+        headers = {"authorization": f"Bearer {ADMIN_KEY}"}
+        async with httpx.AsyncClient(base_url=self.url, headers=headers, trust_env=False) as http:
+            response = await http.request(method, path, **rest)
+        assert response.status_code < 300, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    async def new_key(self, tenant: str, **fields: Any) -> None:
+        """Makes a key; it is the tenant's from now on."""
+        self.keys[tenant] = (await self.admin("POST", "/admin/keys", json={"tenant": tenant} | fields))["key"]
 
 
 @contextlib.asynccontextmanager
@@ -156,7 +193,7 @@ async def running(data_dir: Path, generator: FakeGenerator, bus: FakeBus) -> Asy
             request_timeout_s=30,
             bus=bus,
             graphs=assemble(read_graphs(GRAPHS_DIR), services),
-            peers=Peers(generator, embedder, channel, channel, channel, channel),
+            peers=Peers(generator, generator, embedder, channel, channel, channel, channel),
         )
         stack.push_async_callback(state.close)
         app = make_app(
@@ -184,9 +221,9 @@ async def running(data_dir: Path, generator: FakeGenerator, bus: FakeBus) -> Asy
         )
         serving = asyncio.create_task(server.serve())
         await eventually(lambda: server.started)
-        _, other = await state.keys.create("other", requests_per_minute=None)  # type: ignore[attr-defined]
         url = f"http://127.0.0.1:{port}"
-        made = Gateway(state, generator, embedder, bus, url, grpc_addr, {"default": KEY, "other": other})
+        made = Gateway(state, data_dir, generator, embedder, bus, url, grpc_addr, {"default": KEY})
+        await made.new_key("other")
         yield made
         for client in made.clients:
             await client.close()

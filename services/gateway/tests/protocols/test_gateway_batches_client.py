@@ -57,13 +57,14 @@ async def test_every_line_is_answered_as_over_http(gateway):
     assert (await client.files.delete(file.id)).deleted
 
 
-async def test_lines_are_accounted_under_the_key_and_a_few_at_a_time(gateway):
+async def test_lines_are_accounted_under_the_key_and_stand_behind_people(gateway):
     client = gateway.client()
     batch = await ended(client, await order(client, [chat_line(str(i), f"t{i}") for i in range(7)]))
     assert batch.status == "completed"
     (row,) = await gateway.usage()
     assert row[:3] == ("default", "boot", BASE)
     assert row[3:7] == (7, 0, 21, 14)
+    assert all(call.priority == -10 for call in gateway.generator.calls)
     assert gateway.generator.most_running <= MAX_IN_FLIGHT
 
 
@@ -303,10 +304,10 @@ async def test_a_batch_whose_key_was_revoked_stops(gateway):
     batch_id = await order(client, [chat_line(str(i), f"t{i}") for i in range(9)])
     await eventually(lambda: gateway.generator.num_running == MAX_IN_FLIGHT)
     key_id = gateway.keys["other"].split("-")[1]
-    await gateway.state.keys.revoke(key_id)
+    await gateway.admin("DELETE", f"/admin/keys/{key_id}")
     gateway.generator.held.clear()
     await eventually(lambda: gateway.generator.num_running == 0)
-    _, gateway.keys["other"] = await gateway.state.keys.create("other", requests_per_minute=None)
+    await gateway.new_key("other")
     batch = await ended(gateway.client("other"), batch_id)
     assert (batch.status, batch.errors.data[0].code) == ("failed", "batch_failed")
     assert len(gateway.generator.calls) < 9

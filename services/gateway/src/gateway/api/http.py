@@ -11,12 +11,14 @@ from gateway.api import errors
 from gateway.api.http_health import health_router
 from gateway.api.in_process import InProcess
 from gateway.api.middleware import RequestFrame
-from gateway.api.middleware_access import Authentication, BodyCap, RateLimit
-from gateway.api.middleware_account import Accounting, Recorder
+from gateway.api.middleware_access import Authentication, BodyCap, Permission, RateLimit
+from gateway.api.middleware_account import Accounting
+from gateway.api.middleware_wishes import Wishes
 from gateway.api.openai_chat import chat_router
 from gateway.api.openai_completions import completions_router
 from gateway.api.openai_embeddings import embeddings_router
 from gateway.api.openai_models import models_router
+from gateway.api.settlement import Recorder
 from gateway.core.catalog import Catalog
 from gateway.core.ports import Keys, RequestLimiter
 from gateway.core.services import Embedder
@@ -61,9 +63,9 @@ def make_app(
         *routers,
     ):
         routes.include_router(router)
-    # From the outside in: the frame, the key, the account, the limit, the size, the routes.
+    # From the outside in: the frame, the key, the account, the limit, the scopes, the wishes, the size, the routes.
     capped = BodyCap(routes, max_body_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
-    accounted = Accounting(RateLimit(capped, limiter=limiter), recorder=recorder)
+    accounted = Accounting(RateLimit(Permission(Wishes(capped)), limiter=limiter), recorder=recorder)
     if in_process is not None:
         in_process.serve(accounted, limits.timeout_s)
     return RequestFrame(Authentication(accounted, keys=keys, open_app=routes), timeout_s=limits.timeout_s)

@@ -11,6 +11,7 @@ from gateway.api.json_body import Body, read_json
 from gateway.api.openai_params import ModelName
 from gateway.core.catalog import Catalog
 from gateway.core.evaluations import Evaluations, Task
+from gateway.core.serving import Serving
 
 
 class _EvaluationBody(Body):
@@ -28,6 +29,7 @@ def evaluations_router(evaluations: Evaluations, catalog: Catalog) -> APIRouter:
     async def submit_evaluation(request: Request) -> dict[str, Any]:
         body = await read_json(request, _EvaluationBody)
         principal = principal_of(request)
+        Serving.permit(principal, body.model)
         await catalog.check_answers(body.model, principal.tenant)
         evaluation = await evaluations.submit(principal.tenant, principal.key_id, body.model, body.task)
         # job_id as where documents are handed in, beside the shape of GET /v1/jobs/{id}.

@@ -1,4 +1,4 @@
-"""Who may pass and how often: authentication, request limits and the size of bodies."""
+"""Who may pass and how often: authentication, request limits, scopes and the size of bodies."""
 
 import asyncio
 import math
@@ -9,10 +9,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chassis import context
 from chassis.errors import Code, PlatformError
+from gateway.api.scopes import require_scope
+from gateway.core.limit_answers import say_request_limit
 from gateway.core.ports import Keys, LimitState, RequestLimiter
 
 _MAX_KEY_CHARS = 256
-_NO_LIMIT = 2**53 - 1  # JavaScript's largest safe integer
+_MAX_TOKEN_CHARS = 8192  # a signed token is longer than any key
 _UPLOADS = ("/v1/documents", "/v1/files")
 
 
@@ -34,7 +36,7 @@ class Authentication:
         if not is_protected(scope["path"]):
             await self._open_app(scope, receive, send)
             return
-        principal = await self._keys.authenticate(bearer_key(Headers(scope=scope)))
+        principal = await self._keys.authenticate(credential_of(Headers(scope=scope)))
         state = scope["state"]
         state["principal"] = principal
         # The request's task ends with the request, and the outermost layer resets what was before.
@@ -42,28 +44,41 @@ class Authentication:
         await self._app(scope, receive, send)
 
 
-def bearer_key(headers: Headers) -> str:
-    """The key that a request brings; raises UNAUTHENTICATED."""
-    sent = headers.getlist("authorization")
-    if not sent:
+def credential_of(headers: Headers) -> str:
+    """The one credential of a request: a bearer's, or a key in Anthropic's header; raises UNAUTHENTICATED."""
+    bearers, plain = headers.getlist("authorization"), headers.getlist("x-api-key")
+    if not bearers and not plain:
         raise PlatformError(
-            Code.UNAUTHENTICATED, "no API key: send the header 'Authorization: Bearer sk-...'", reason="invalid_api_key"
+            Code.UNAUTHENTICATED,
+            "no API key: send the header 'Authorization: Bearer sk-...' or 'x-api-key: sk-...'",
+            reason="invalid_api_key",
         )
-    scheme, _, key = sent[0].partition(" ")
-    key = key.strip()
-    if len(sent) > 1 or scheme.lower() != "bearer" or not key or not key.isascii() or len(key) > _MAX_KEY_CHARS:
-        raise PlatformError(
-            Code.UNAUTHENTICATED, "the Authorization header must be one 'Bearer <key>'", reason="invalid_api_key"
-        )
-    return key
+    # Never two, even if they are the same: a proxy and we might each believe another one.
+    if len(bearers) + len(plain) > 1:
+        raise PlatformError(Code.UNAUTHENTICATED, "send one credential, in one header", reason="invalid_api_key")
+    if plain:
+        return _sane(plain[0], _MAX_KEY_CHARS)
+    scheme, _, credential = bearers[0].partition(" ")
+    if scheme.lower() != "bearer":
+        raise _malformed()
+    return _sane(credential, _MAX_TOKEN_CHARS)
+
+
+def _sane(credential: str, max_chars: int) -> str:
+    credential = credential.strip(" ")
+    if not credential or not credential.isascii() or len(credential) > max_chars:
+        raise _malformed()
+    return credential
+
+
+def _malformed() -> PlatformError:
+    return PlatformError(
+        Code.UNAUTHENTICATED, "the Authorization header must be one 'Bearer <key>'", reason="invalid_api_key"
+    )
 
 
 class RateLimit:
-    """Counts every request of a key that has a limit, and says so in OpenAI's headers.
-
-    Where there is no limit (a key without one; tokens, so far) the headers say the largest number that every client
-    can read.
-    """
+    """Counts every request of a key that has a limit, and says so in its answer's headers."""
 
     def __init__(self, app: ASGIApp, *, limiter: RequestLimiter) -> None:
         self._app = app
@@ -72,7 +87,7 @@ class RateLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on, or raises RATE_LIMITED."""
         state = await self._limiter.hit(scope["state"]["principal"])
-        scope["state"]["answer_headers"] |= _limit_headers(state)
+        say_request_limit(scope["state"]["answer_headers"], state)
         require_allowed(state)
         await self._app(scope, receive, send)
 
@@ -88,24 +103,16 @@ def require_allowed(state: LimitState) -> None:
         )
 
 
-def _limit_headers(state: LimitState) -> dict[str, str]:
-    is_limited = state.limit is not None
-    return {
-        "x-ratelimit-limit-requests": str(state.limit if is_limited else _NO_LIMIT),
-        "x-ratelimit-remaining-requests": str(state.remaining if is_limited else _NO_LIMIT),
-        "x-ratelimit-reset-requests": _duration(state.reset_s),
-        "x-ratelimit-limit-tokens": str(_NO_LIMIT),
-        "x-ratelimit-remaining-tokens": str(_NO_LIMIT),
-        "x-ratelimit-reset-tokens": _duration(0),
-    }
+class Permission:
+    """Holds keys that have scopes to their routes."""
 
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
-def _duration(seconds: float) -> str:
-    """Writes a duration as OpenAI does: 250ms, 6s, 1m0s."""
-    if seconds < 1:
-        return f"{max(0, math.ceil(seconds * 1000))}ms"
-    whole = math.ceil(seconds)
-    return f"{whole}s" if whole < 60 else f"{whole // 60}m{whole % 60}s"
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on, or raises PERMISSION_DENIED."""
+        require_scope(scope["state"]["principal"], scope["path"])
+        await self._app(scope, receive, send)
 
 
 class BodyCap:

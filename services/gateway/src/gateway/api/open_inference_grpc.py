@@ -14,14 +14,14 @@ from pressroom.inference import grpc_service_pb2_grpc
 from starlette.datastructures import Headers
 
 from chassis import context, telemetry
-from chassis.errors import Code, PlatformError, http_status
+from chassis.errors import Code, PlatformError
 from contracts.names import HEADER_REQUEST_ID, HEADER_TRACE_ID
-from gateway.api.errors import error_code
-from gateway.api.middleware import CLIENT_LEFT, SANE_REQUEST_ID
-from gateway.api.middleware_access import bearer_key, require_allowed
-from gateway.api.middleware_account import Recorder, measure_latency, measure_tokens
+from gateway.api.middleware import SANE_REQUEST_ID
+from gateway.api.middleware_access import credential_of, require_allowed
 from gateway.api.open_inference import EXTENSIONS, SERVER_NAME, SERVER_VERSION, OpenInference, Sender
 from gateway.api.open_inference_tensors import BYTES, check_datatype, from_raw, to_raw
+from gateway.api.scopes import require_scope
+from gateway.api.settlement import Recorder
 from gateway.core.account import Account
 from gateway.core.graph import Deadline
 from gateway.core.open_inference import ONLY_VERSION, InferRequest, InferResponse, Parameter, Tensor, TensorKind
@@ -171,7 +171,7 @@ class InferenceServicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             for name, value in rpc.invocation_metadata() or ()
             if isinstance(value, str)
         ]
-        principal = await self._keys.authenticate(bearer_key(Headers(raw=sent)))
+        principal = await self._keys.authenticate(credential_of(Headers(raw=sent)))
         called = context.current()
         request_id = called.request_id if SANE_REQUEST_ID.fullmatch(called.request_id) else context.new_request_id()
         # Whatever the client said of a tenant is dropped here.
@@ -182,6 +182,7 @@ class InferenceServicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
         """Who calls, counted against the request limit."""
         principal = await self._authenticated(rpc)
         require_allowed(await self._limiter.hit(principal))
+        require_scope(principal, ROUTE)
         return principal
 
     @asynccontextmanager
@@ -201,24 +202,11 @@ class InferenceServicer(grpc_service_pb2_grpc.GRPCInferenceServiceServicer):
             principal=principal,
         )
         rpc.set_trailing_metadata([(HEADER_REQUEST_ID, account.request_id), (HEADER_TRACE_ID, account.trace_id)])
-        status = CLIENT_LEFT
-        try:
+        async with self._recorder.settling(account) as outcome:
             require_allowed(await self._limiter.hit(principal))
+            require_scope(principal, ROUTE)
             yield Sender(principal, account, deadline)
-            status = 200
-        except PlatformError as error:
-            status, account.error_code = http_status(error.code), error_code(error)
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            account.finish_reason = "cancelled"
-            raise
-        except Exception:
-            status, account.error_code = 500, "internal_error"
-            raise
-        finally:
-            measure_latency(account)
-            measure_tokens(account)
-            await self._recorder.write(account.record(status))
+            outcome.status = 200
 
 
 def _is_streamed(request: InferRequest) -> bool:

@@ -16,18 +16,20 @@ def models_router(catalog: Catalog) -> APIRouter:
 
     @router.get("/v1/models", response_model=None)
     async def list_models(request: Request) -> Response:
-        """Every model that a request of the tenant's can name."""
-        tenant = principal_of(request).tenant
-        data = [_shape(model, tenant) for model in await catalog.models(tenant)]
+        """Every model that the sender can name."""
+        sender = principal_of(request)
+        data = [
+            _shape(model, sender.tenant) for model in await catalog.models(sender.tenant) if sender.may_ask(model.id)
+        ]
         return json_response({"object": "list", "data": data})
 
     @router.get("/v1/models/{model_id:path}", response_model=None)
     async def get_model(request: Request, model_id: str) -> Response:
         """One model."""
-        tenant = principal_of(request).tenant
-        for model in await catalog.models(tenant):
-            if model.id == model_id:
-                return json_response(_shape(model, tenant))
+        sender = principal_of(request)
+        for model in await catalog.models(sender.tenant):
+            if model.id == model_id and sender.may_ask(model_id):
+                return json_response(_shape(model, sender.tenant))
         raise model_not_found(model_id)
 
     return router

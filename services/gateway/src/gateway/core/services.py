@@ -92,6 +92,7 @@ class Generation:
     grammar: Grammar | ToolCalls | None = None
     adapter: str = ""  # answers through it; empty: the model itself
     priority: int = 0  # higher runs first
+    usage_id: str = ""  # what it is accounted under; several calls may share one
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,12 @@ class Done:
     usage: Usage
 
 
-GenerationEvent = Started | Delta | Finished | Done
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """A call was given up before its first token and another takes its place: what that one used is not in Done."""
+
+
+GenerationEvent = Started | Delta | Finished | Done | Abandoned
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +258,10 @@ class Embedder(Protocol):
         timeout_s: float,
     ) -> Embedded:
         """Embeds texts or token lists; OUT_OF_RANGE with the numbers where one is too long and truncate is False."""
+        ...
+
+    async def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float) -> Sequence[int]:
+        """Counts the tokens of each text, special ones included."""
         ...
 
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:
