@@ -114,84 +114,88 @@ BAD_LINES = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_LINES)
-async def test_a_bad_line_fails_alone(gateway, case):
-    line, code = BAD_LINES[case]
+async def test_a_bad_line_fails_alone(gateway):
     client = gateway.client()
-    batch = await ended(client, await order(client, [chat_line("good", "g"), line, chat_line("last", "l")]))
+    lines = [chat_line("good", "g"), *(line for line, _ in BAD_LINES.values()), chat_line("last", "l")]
+    batch = await ended(client, await order(client, lines))
     assert batch.status == "completed"
-    assert batch.request_counts.model_dump() == {"total": 3, "completed": 2, "failed": 1}
+    counts = {"total": len(BAD_LINES) + 2, "completed": 2, "failed": len(BAD_LINES)}
+    assert batch.request_counts.model_dump() == counts
     assert [one["custom_id"] for one in await results(client, batch.output_file_id)] == ["good", "last"]
-    (bad,) = await results(client, batch.error_file_id)
-    assert bad["response"] is None
-    assert (bad["error"]["code"], bad["error"]["line"]) == (code, 2)
-    assert gateway.generator.asked() == ["g", "l"]
+    bad = await results(client, batch.error_file_id)
+    assert {one["response"] for one in bad} == {None}
+    told = {name: one["error"]["code"] for name, one in zip(BAD_LINES, bad, strict=True)}
+    assert told == {name: code for name, (_, code) in BAD_LINES.items()}
+    assert [one["error"]["line"] for one in bad] == list(range(2, len(BAD_LINES) + 2))
+    assert sorted(gateway.generator.asked()) == ["g", "l"]
 
 
-@pytest.mark.parametrize(
-    ("body", "status", "code"),
-    [
-        ({}, 400, "missing_required_parameter"),
-        ({"model": "nobody", "messages": [{"role": "user", "content": "x"}]}, 404, "model_not_found"),
-        ({"model": BASE, "messages": []}, 400, None),
-        ({"model": BASE, "messages": [{"role": "user", "content": "x"}], "temperature": -1}, 400, None),
-        ({"model": BASE, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "invalid_json"),
-        ({"model": "../x", "messages": [{"role": "user", "content": "x"}]}, 404, "model_not_found"),
-    ],
+REFUSED_BODIES = (
+    ({}, 400, "missing_required_parameter"),
+    ({"model": "nobody", "messages": [{"role": "user", "content": "x"}]}, 404, "model_not_found"),
+    ({"model": BASE, "messages": []}, 400, None),
+    ({"model": BASE, "messages": [{"role": "user", "content": "x"}], "temperature": -1}, 400, None),
+    ({"model": BASE, "messages": [{"role": "user", "content": "\ud800"}]}, 400, "invalid_json"),
+    ({"model": "../x", "messages": [{"role": "user", "content": "x"}]}, 404, "model_not_found"),
 )
-async def test_what_the_route_refuses_is_the_error_of_its_line(gateway, body, status, code):
+
+
+async def test_what_the_route_refuses_is_the_error_of_its_line(gateway):
     client = gateway.client()
-    batch = await ended(client, await order(client, [chat_line("bad", "", body=body), chat_line("good", "g")]))
-    assert batch.request_counts.model_dump() == {"total": 2, "completed": 1, "failed": 1}
-    (bad,) = await results(client, batch.error_file_id)
-    assert (bad["custom_id"], bad["error"], bad["response"]["status_code"]) == ("bad", None, status)
-    assert code is None or bad["response"]["body"]["error"]["code"] == code
+    lines = [chat_line(str(place), "", body=body) for place, (body, _, _) in enumerate(REFUSED_BODIES)]
+    batch = await ended(client, await order(client, [*lines, chat_line("good", "g")]))
+    counts = {"total": len(lines) + 1, "completed": 1, "failed": len(lines)}
+    assert batch.request_counts.model_dump() == counts
+    for place, told in enumerate(await results(client, batch.error_file_id)):
+        _, status, code = REFUSED_BODIES[place]
+        assert (told["custom_id"], told["error"], told["response"]["status_code"]) == (str(place), None, status)
+        assert code is None or told["response"]["body"]["error"]["code"] == code
 
 
-@pytest.mark.parametrize(
-    ("content", "codes"),
-    [
-        (b"\n\n \n", ["empty_file"]),
-        (b"{\n[]", ["invalid_json_line", "invalid_json_line"]),
-        (b"\x00\x01\x02", ["invalid_json_line"]),
-        (b"{}\n" * 50_001, ["too_many_requests"]),
-    ],
+FILES_WITHOUT_A_GOOD_LINE = (
+    (b"\n\n \n", ["empty_file"]),
+    (b"{\n[]", ["invalid_json_line", "invalid_json_line"]),
+    (b"\x00\x01\x02", ["invalid_json_line"]),
+    (b"{}\n" * 50_001, ["too_many_requests"]),
 )
-async def test_a_file_without_a_good_line_fails_as_a_whole(gateway, content, codes):
+
+
+async def test_a_file_without_a_good_line_fails_as_a_whole(gateway):
     client = gateway.client()
-    batch = await ended(client, await order(client, content))
-    assert (batch.status, batch.output_file_id, batch.error_file_id) == ("failed", None, None)
-    assert batch.failed_at is not None
-    assert [one.code for one in batch.errors.data] == codes
+    for content, codes in FILES_WITHOUT_A_GOOD_LINE:
+        batch = await ended(client, await order(client, content))
+        assert (batch.status, batch.output_file_id, batch.error_file_id) == ("failed", None, None)
+        assert batch.failed_at is not None
+        assert [one.code for one in batch.errors.data] == codes
     assert gateway.generator.calls == [] and await gateway.usage() == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "status", "param"),
-    [
-        ({"input_file_id": "file-" + "0" * 32}, 404, "input_file_id"),
-        ({"input_file_id": "../../etc/passwd"}, 404, "input_file_id"),
-        ({"input_file_id": 7}, 400, "input_file_id"),
-        ({"input_file_id": None}, 400, "input_file_id"),
-        ({"endpoint": "/v1/models"}, 400, "endpoint"),
-        ({"endpoint": "/admin/keys"}, 400, "endpoint"),
-        ({"endpoint": "http://x/v1/chat/completions"}, 400, "endpoint"),
-        ({"completion_window": "1h"}, 400, "completion_window"),
-        ({"metadata": {"k": 1}}, 400, "metadata.k"),
-        ({"metadata": {str(i): "" for i in range(17)}}, 400, "metadata"),
-        ({"metadata": {"k" * 65: "v"}}, 400, None),
-        ({"metadata": {"k": "v" * 513}}, 400, "metadata.k"),
-        ({"output_expires_after": {"anchor": "created_at", "seconds": 3600}}, 501, "output_expires_after"),
-    ],
+BAD_ORDERS = (
+    ({"input_file_id": "file-" + "0" * 32}, 404, "input_file_id"),
+    ({"input_file_id": "../../etc/passwd"}, 404, "input_file_id"),
+    ({"input_file_id": 7}, 400, "input_file_id"),
+    ({"input_file_id": None}, 400, "input_file_id"),
+    ({"endpoint": "/v1/models"}, 400, "endpoint"),
+    ({"endpoint": "/admin/keys"}, 400, "endpoint"),
+    ({"endpoint": "http://x/v1/chat/completions"}, 400, "endpoint"),
+    ({"completion_window": "1h"}, 400, "completion_window"),
+    ({"metadata": {"k": 1}}, 400, "metadata.k"),
+    ({"metadata": {str(i): "" for i in range(17)}}, 400, "metadata"),
+    ({"metadata": {"k" * 65: "v"}}, 400, None),
+    ({"metadata": {"k": "v" * 513}}, 400, "metadata.k"),
+    ({"output_expires_after": {"anchor": "created_at", "seconds": 3600}}, 501, "output_expires_after"),
 )
-async def test_bad_orders_are_refused(gateway, changes, status, param):
+
+
+async def test_bad_orders_are_refused(gateway):
     client = gateway.client()
     file = await client.files.create(file=("a.jsonl", b"{}"), purpose="batch")
-    body = {"input_file_id": file.id, "endpoint": "/v1/chat/completions", "completion_window": "24h"} | changes
+    good = {"input_file_id": file.id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
     async with httpx.AsyncClient(base_url=gateway.url, headers={"authorization": f"Bearer {KEY}"}) as http:
-        response = await http.post("/v1/batches", json=body)
-    assert response.status_code == status, response.text
-    assert param is None or response.json()["error"]["param"] == param
+        for changes, status, param in BAD_ORDERS:
+            response = await http.post("/v1/batches", json=good | changes)
+            assert response.status_code == status, (changes, response.text)
+            assert param is None or response.json()["error"]["param"] == param
     assert (await client.batches.list()).data == []
 
 
