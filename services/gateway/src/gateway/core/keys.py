@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from chassis.errors import Code, PlatformError
@@ -133,6 +133,17 @@ class KeyRing:
         row = await self._keys.get(key_id)
         policy = row.policy if row is not None and row.tenant == tenant else UNRESTRICTED
         return Principal(key_id, tenant, policy=policy, tenant_policy=owner.policy if owner else UNRESTRICTED)
+
+    async def owner(self, tenant: str, key_id: str) -> Principal:
+        """Who a job works for, as principal() says, while the key is good; raises UNAUTHENTICATED once it is not.
+
+        For jobs that go on costing money.
+        """
+        row = await self._keys.get(key_id)
+        if row is not None and (row.tenant != tenant or not row.opens(self._now())):
+            raise refused()
+        principal = await self.principal(key_id, tenant)
+        return replace(principal, requests_per_minute=row.requests_per_minute if row is not None else None)
 
     async def tenant(self, tenant: str) -> TenantRow | None:
         """Returns the tenant as it was a moment ago."""
