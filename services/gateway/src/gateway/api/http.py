@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
 from gateway.api import errors
+from gateway.api.direct import DirectRoutes
 from gateway.api.http_health import health_router
 from gateway.api.in_process import InProcess
 from gateway.api.middleware import RequestFrame
@@ -57,18 +59,14 @@ def make_app(
     no_telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
     routes = FastAPI(title="Pressroom", docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=no_telemetry)
     errors.install(routes)
-    for router in (
-        chat_router(serving),
-        completions_router(serving),
-        embeddings_router(embedder, serving),
-        models_router(catalog),
-        health_router(),
-        *routers,
-    ):
+    inference = (chat_router(serving), completions_router(serving), embeddings_router(embedder, serving))
+    for router in (*inference, models_router(catalog), health_router(), *routers):
         routes.include_router(router)
     # From the outside in: the frame, the key, the account, the limit, the scopes, the wishes, the size, what was
     # answered before, the routes.
-    once = Idempotency(routes, keys=idempotency) if idempotency else routes
+    posts = [route for router in inference for route in router.routes if isinstance(route, APIRoute)]
+    direct = DirectRoutes(routes, posts)
+    once = Idempotency(direct, keys=idempotency) if idempotency else direct
     capped = BodyCap(once, max_body_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
     accounted = Accounting(RateLimit(Permission(Wishes(capped)), limiter=limiter), recorder=recorder)
     if in_process is not None:
