@@ -89,7 +89,7 @@ class InferenceResponse(Response):
         await json_response(self._rendering.whole())(scope, receive, send)
 
     async def _send_stream(self, scope: Scope, send: Send) -> None:
-        started = False
+        started = has_spoken = False
         try:
             async with aclosing(self._events) as events:
                 async for event in events:
@@ -100,6 +100,9 @@ class InferenceResponse(Response):
                         started = True
                         await send({"type": "http.response.start", "status": 200, "headers": _raw(_SSE_HEADERS)})
                     await send({"type": "http.response.body", "body": data, "more_body": True})
+                    if not has_spoken and self._account.ttft_s:
+                        has_spoken = True
+                        await asyncio.sleep(0)  # the loop turns: the first token leaves before the rest is made
             last = _DONE
         except PlatformError as error:
             if not started:
