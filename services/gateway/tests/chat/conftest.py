@@ -65,6 +65,7 @@ class FakeGenerator:
     adapters: set[str] = field(default_factory=set)
     context_length: int = CONTEXT_LENGTH
     script: str | None = None  # says this, three characters a token, and knows grammars
+    stop_match: str = ""  # what ended the script
 
     async def generate(self, call: Generation, *, timeout_s: float) -> AsyncGenerator[GenerationEvent]:
         assert timeout_s > 0
@@ -118,7 +119,7 @@ class FakeGenerator:
             for piece in pieces[:most]:
                 yield Delta(index, piece, 1, self._logprobs(call, piece))
         for index in range(call.n):
-            yield Finished(index, "length" if most < len(pieces) else "stop")
+            yield Finished(index, "length") if most < len(pieces) else Finished(index, "stop", self.stop_match)
         yield Done(Usage(len(words_of(call.prompt)), min(most, len(pieces)) * call.n, 0))
 
     @staticmethod

@@ -8,6 +8,7 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
 from gateway.api import errors
+from gateway.api.anthropic_messages import messages_router
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, RateLimit
 from gateway.api.middleware_account import Accounting, Recorder
@@ -50,6 +51,7 @@ def make_app(
         chat_router(serving),
         completions_router(serving),
         embeddings_router(embedder, serving),
+        messages_router(serving),
         models_router(catalog),
         *routers,
     ):

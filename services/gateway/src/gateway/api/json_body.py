@@ -4,7 +4,8 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,9 +20,14 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Body(BaseModel):
-    """Base of request bodies: no coercion between types; fields that we do not know are tolerated, as OpenAI does."""
+    """Base of request bodies: no coercion between types; fields that we do not know are tolerated, as OpenAI does.
+
+    `refused` are known fields that would change the answer and are not supported, each with what to do instead.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    refused_code: ClassVar[Code] = Code.UNIMPLEMENTED
 
 
 class _Refused(ValueError):
@@ -98,13 +104,22 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> None:
 
 
 def validate(value: Mapping[str, Any], model: type[M]) -> M:
-    """Checks the shape; raises INVALID_ARGUMENT that names the first field at fault."""
+    """Checks the shape; raises INVALID_ARGUMENT that names the first field at fault, or what a refused field does."""
     try:
-        return model.model_validate(value)
+        checked = model.model_validate(value)
     except ValidationError as error:
         raise _named(error, value) from None
     except RecursionError:
         raise PlatformError(Code.INVALID_ARGUMENT, "the body is nested too deep", reason="invalid_value") from None
+    if isinstance(checked, Body):
+        _refuse(value, checked)
+    return checked
+
+
+def _refuse(value: Mapping[str, Any], body: Body) -> None:
+    for name, instead in body.refused.items():
+        if value.get(name):  # null, false, 0 and what is empty ask for nothing
+            raise PlatformError(body.refused_code, f"{name} is not supported: {instead}", param=name)
 
 
 def _named(error: ValidationError, value: object) -> PlatformError:

@@ -14,7 +14,18 @@ from gateway.core.ports import Ledger, RequestRecord
 
 log = logging.getLogger(__name__)
 
-INFERENCE_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+INFERENCE_ROUTES = frozenset(
+    {
+        "/generate",
+        "/rerank",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/messages",
+        "/v1/rerank",
+        "/v1/responses",
+    }
+)
 
 
 class Recorder:

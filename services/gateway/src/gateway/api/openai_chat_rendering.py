@@ -5,7 +5,8 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from gateway.api.inference import JsonObject
+from gateway.api.grounding import grounding_fields
+from gateway.api.inference import DataEvents, JsonObject
 from gateway.api.openai_logprobs import chat_logprobs
 from gateway.api.openai_params import usage_object
 from gateway.api.openai_tools import ToolCallRendering
@@ -51,7 +52,7 @@ class _Choice:
         return {"role": "assistant", **fields, "refusal": None}
 
 
-class ChatRendering:
+class ChatRendering(DataEvents):
     """Events as chat.completion and chat.completion.chunk."""
 
     def __init__(
@@ -135,16 +136,4 @@ class ChatRendering:
         return chunk | {"usage": None} if self._include_usage else chunk
 
     def _grounded(self) -> dict[str, object]:
-        if self._grounding is None:
-            return {}
-        sources = [
-            {
-                "document_id": source.document_id,
-                "external_id": source.external_id or None,
-                "chunk_id": source.chunk_id,
-                "title": source.title,
-                "score": source.score,
-            }
-            for source in self._grounding.sources
-        ]
-        return {"grounded": self._grounding.grounded, "sources": sources}
+        return {} if self._grounding is None else grounding_fields(self._grounding)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
-from gateway.api.inference import InferenceResponse, JsonObject, account_of, deadline_of
+from gateway.api.inference import DataEvents, InferenceResponse, JsonObject, account_of, deadline_of
 from gateway.api.json_body import read_json
 from gateway.api.openai_constraints import ConstrainedBody
 from gateway.api.openai_logprobs import CompletionLogprobs
@@ -109,7 +109,7 @@ class CompletionBody(SamplingBody, ConstrainedBody):
         return 0 if self.logprobs is None and not isinstance(prompt, str) else self.logprobs
 
 
-class CompletionRendering:
+class CompletionRendering(DataEvents):
     """Events as text_completion."""
 
     def __init__(self, body: CompletionBody, requests: Sequence[GraphRequest], model: str) -> None:

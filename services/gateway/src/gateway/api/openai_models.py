@@ -1,9 +1,13 @@
-"""GET /v1/models and /v1/models/{id}."""
+"""GET /v1/models and /v1/models/{id}, in OpenAI's shape, and in Anthropic's for its clients."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.api import anthropic_errors
 from gateway.api.identity import principal_of
 from gateway.api.inference import json_response
 from gateway.core.catalog import Catalog, model_not_found
@@ -18,8 +22,13 @@ def models_router(catalog: Catalog) -> APIRouter:
     async def list_models(request: Request) -> Response:
         """Every model that a request of the tenant's can name."""
         tenant = principal_of(request).tenant
-        data = [_shape(model, tenant) for model in await catalog.models(tenant)]
-        return json_response({"object": "list", "data": data})
+        models = await catalog.models(tenant)
+        if anthropic_errors.is_spoken(request.scope):
+            ends = (
+                {"first_id": models[0].id, "last_id": models[-1].id} if models else {"first_id": None, "last_id": None}
+            )
+            return json_response({"data": [_anthropic_shape(model) for model in models], "has_more": False, **ends})
+        return json_response({"object": "list", "data": [_shape(model, tenant) for model in models]})
 
     @router.get("/v1/models/{model_id:path}", response_model=None)
     async def get_model(request: Request, model_id: str) -> Response:
@@ -27,6 +36,8 @@ def models_router(catalog: Catalog) -> APIRouter:
         tenant = principal_of(request).tenant
         for model in await catalog.models(tenant):
             if model.id == model_id:
+                if anthropic_errors.is_spoken(request.scope):
+                    return json_response(_anthropic_shape(model))
                 return json_response(_shape(model, tenant))
         raise model_not_found(model_id)
 
@@ -36,3 +47,17 @@ def models_router(catalog: Catalog) -> APIRouter:
 def _shape(model: ServedModel, tenant: str) -> dict[str, object]:
     owner = tenant if model.is_adapter else "pressroom"  # no other tenant's adapters are told
     return {"id": model.id, "object": "model", "created": model.created_unix_s, "owned_by": owner}
+
+
+def _anthropic_page(models: Sequence[ServedModel]) -> dict[str, object]:
+    return {
+        "data": [_anthropic_shape(model) for model in models],
+        "first_id": models[0].id if models else None,
+        "last_id": models[-1].id if models else None,
+        "has_more": False,
+    }
+
+
+def _anthropic_shape(model: ServedModel) -> dict[str, object]:
+    created = datetime.fromtimestamp(model.created_unix_s, UTC).isoformat().replace("+00:00", "Z")
+    return {"type": "model", "id": model.id, "display_name": model.id, "created_at": created}

@@ -175,7 +175,7 @@ def _event(response: pb.GenerateResponse) -> GenerationEvent | None:
             return Started(started.prompt_tokens, started.model_version, _logprobs(started.prompt_logprobs))
         case "finished":
             finished = response.finished
-            return Finished(finished.index, _REASONS.get(finished.reason, "stop"))
+            return Finished(finished.index, _REASONS.get(finished.reason, "stop"), finished.stop_match)
         case "done":
             usage = response.done.usage
             return Done(Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens))

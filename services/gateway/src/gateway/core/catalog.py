@@ -8,7 +8,7 @@ from dataclasses import replace
 from chassis.errors import Code, PlatformError
 from gateway.core.finetuning import TunedModel, TunedModels
 from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest, Sequenced
-from gateway.core.services import Embedder, Generator, ServedModel
+from gateway.core.services import Chat, Embedder, Generator, ServedModel
 
 _TIMEOUT_S = 2.0
 _LOADING_S = 2.0  # what a generator takes to load an adapter, about
@@ -29,6 +29,7 @@ class Tuned:
 
     def __init__(self, base: Sequenced, model: TunedModel) -> None:
         self.name = model.model_id
+        self.model = base.model
         self._base = base
         self._model = model
 
@@ -79,6 +80,23 @@ class Catalog:
             if model is not None and base is not None:
                 return Tuned(base, model)
         raise model_not_found(name)
+
+    async def count_tokens(self, graph: Graph, chat: Chat, deadline: Deadline) -> int:
+        """How many tokens the chat is to the model that answers in the graph's end; raises PlatformError."""
+        tokenized = await self._generator.tokenize(graph.model, chat, timeout_s=deadline.remaining_s())
+        return tokenized.num_tokens
+
+    def only_plain(self) -> str:
+        """The one plain model, for requests that name none; raises INVALID_ARGUMENT where there are several."""
+        plain = sorted(one.name for one in self._graphs.values() if one.is_plain)
+        if len(plain) != 1:
+            raise PlatformError(
+                Code.INVALID_ARGUMENT,
+                f"name the model; there are: {', '.join(plain)}",
+                param="model",
+                reason="missing_required_parameter",
+            )
+        return plain[0]
 
     async def check_answers(self, name: str, tenant: str) -> None:
         """Raises NOT_FOUND unless the tenant can ask the model, or will be able to in a moment."""

@@ -141,6 +141,11 @@ class Graph(Protocol):
         """As requests name it."""
         ...
 
+    @property
+    def model(self) -> str:
+        """The generator's model that answers in the end."""
+        ...
+
     def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Streams the answer; the caller closes it (contextlib.aclosing) in the task that iterates it."""
         ...

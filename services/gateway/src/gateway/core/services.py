@@ -157,6 +157,7 @@ class Finished:
 
     index: int
     reason: str
+    stop_match: str = ""  # the stop string, or the text of the stop token, that ended it
 
 
 @dataclass(frozen=True, slots=True)

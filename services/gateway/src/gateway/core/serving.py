@@ -15,6 +15,7 @@ from gateway.core.catalog import Catalog
 from gateway.core.fanout import merged
 from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
 from gateway.core.ports import Principal
+from gateway.core.services import Chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,10 @@ class Serving:
     async def graph(self, principal: Principal, name: str) -> Graph:
         """What answers under that name for the sender; raises NOT_FOUND."""
         return await self._catalog.graph(name, principal.tenant)
+
+    async def count_tokens(self, principal: Principal, name: str, chat: Chat, deadline: Deadline) -> int:
+        """How many tokens a chat is, without running it; raises NOT_FOUND."""
+        return await self._catalog.count_tokens(await self.graph(principal, name), chat, deadline)
 
     @asynccontextmanager
     async def hold(self, ask: Ask) -> AsyncIterator[None]:
