@@ -12,16 +12,21 @@ from starlette.responses import Response
 from chassis.errors import Code, PlatformError
 from gateway.api.anthropic_rendering import MessageRendering
 from gateway.api.anthropic_turns import MessageTurn, TextBlocks, chat_turns, check_turns
+from gateway.api.dialects import Dialect
 from gateway.api.identity import principal_of
-from gateway.api.inference import InferenceResponse, account_of, deadline_of, json_response
-from gateway.api.json_body import Body, read_json, validate
+from gateway.api.inference import InferenceResponse, deadline_of, json_response, open_ask
+from gateway.api.json_body import Body, read_json
 from gateway.api.openai_chat import ChatBody
 from gateway.api.openai_params import MAX_STOPS, MaxTokens, ModelName, StopString
 from gateway.api.openai_tools import MAX_TOOLS, Name
 from gateway.core.services import Chat, ToolCalls
-from gateway.core.serving import Ask, Serving
+from gateway.core.serving import Serving
 
 _MAX_MESSAGES = 4096
+_ANTHROPIC = Dialect(
+    fields={"response_format": "output_config.format", "stop": "stop_sequences"},
+    tool_fields={"function.name": "name", "function.parameters": "input_schema"},
+)
 
 
 class MessageTool(Body):
@@ -92,7 +97,7 @@ class CountBody(Body):
     def chat(self) -> ChatBody:
         """The same request in OpenAI's words; raises INVALID_ARGUMENT."""
         check_turns(self.messages)
-        return validate(self._chat_fields(), ChatBody)
+        return _ANTHROPIC.chat(self._chat_fields())
 
     def _chat_fields(self) -> dict[str, Any]:
         choice = self.tool_choice
@@ -142,17 +147,6 @@ def _openai_choice(choice: ToolChoice | None) -> Any:
     return "required" if choice.type == "any" else choice.type
 
 
-def _params(chat: ChatBody) -> Mapping[str, str]:
-    """What Anthropic's API calls the fields that the generator names in its errors."""
-    names = {"response_format": "output_config.format", "max_completion_tokens": "max_tokens"}
-    schema = {"function.parameters": "input_schema", "function.name": "name"}
-    renamed = {}
-    for name, ours in chat.params().items():
-        tool, _, rest = ours.partition("].")
-        renamed[name] = f"{tool}].{schema[rest]}" if rest in schema else names.get(ours, ours)
-    return renamed
-
-
 def messages_router(serving: Serving) -> APIRouter:
     """The routes."""
     router = APIRouter()
@@ -161,23 +155,16 @@ def messages_router(serving: Serving) -> APIRouter:
     async def create_message(request: Request) -> Response:
         """Answers a conversation."""
         body = await read_json(request, MessageBody)
-        principal = principal_of(request)
-        graph = await serving.graph(principal, body.model)
-        account = account_of(request)
-        account.model = graph.name
         chat = body.chat()
-        wanted = chat.request(principal.tenant)
-        assert isinstance(wanted.prompt, Chat)
-        account.prompt_text = "\n".join(message.content for message in wanted.prompt.messages)
+        ask, graph = await open_ask(request, serving, body.model, lambda tenant: [chat.request(tenant)])
         rendering = MessageRendering(
             model=graph.name,
             stop_sequences=body.stop_sequences or (),
-            has_tools=isinstance(wanted.grammar, ToolCalls),
-            params=_params(chat),
-            request_id=account.request_id,
+            has_tools=isinstance(ask.requests[0].grammar, ToolCalls),
+            params=_ANTHROPIC.params(chat),
+            request_id=ask.account.request_id,
         )
-        ask = Ask(principal, account, deadline_of(request), graph.name, requests=(wanted,))
-        return InferenceResponse(serving.run(ask, graph), rendering, account, stream=bool(body.stream))
+        return InferenceResponse(serving.run(ask, graph), rendering, ask.account, stream=bool(body.stream))
 
     @router.post("/v1/messages/count_tokens", response_model=None)
     async def count_tokens(request: Request) -> Response:

@@ -16,6 +16,9 @@ from gateway.api.openai_chat import chat_router
 from gateway.api.openai_completions import completions_router
 from gateway.api.openai_embeddings import embeddings_router
 from gateway.api.openai_models import models_router
+from gateway.api.openai_responses import responses_router
+from gateway.api.rerank import rerank_router
+from gateway.api.vllm_generate import generate_router
 from gateway.core.catalog import Catalog
 from gateway.core.ports import Keys, RequestLimiter
 from gateway.core.services import Embedder
@@ -52,6 +55,9 @@ def make_app(
         completions_router(serving),
         embeddings_router(embedder, serving),
         messages_router(serving),
+        responses_router(serving),
+        generate_router(serving, catalog),
+        rerank_router(embedder, serving),
         models_router(catalog),
         *routers,
     ):

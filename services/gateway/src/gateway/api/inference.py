@@ -5,7 +5,7 @@ first chunk, so that what fails before it is a real HTTP status; what fails late
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,8 +17,11 @@ from starlette.types import Receive, Scope, Send
 
 from chassis.errors import PlatformError
 from gateway.api import errors
+from gateway.api.identity import principal_of
 from gateway.core.account import Account
-from gateway.core.graph import Deadline, GraphEvent
+from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
+from gateway.core.services import Chat
+from gateway.core.serving import Ask, Serving
 
 JsonObject = Mapping[str, Any]
 
@@ -96,6 +99,28 @@ def account_of(request: Request) -> Account:
 def deadline_of(request: Request) -> Deadline:
     """When the request's time is up."""
     return Deadline(request.scope["state"]["deadline_s"])
+
+
+async def open_ask(
+    request: Request, serving: Serving, model: str, requests: Callable[[str], Sequence[GraphRequest]]
+) -> tuple[Ask, Graph]:
+    """What a request asks of which graph; `requests` makes its prompts, given the tenant. Raises NOT_FOUND."""
+    principal = principal_of(request)
+    graph = await serving.graph(principal, model)
+    account = account_of(request)
+    account.model = graph.name
+    wanted = tuple(requests(principal.tenant))
+    account.prompt_text = "\n".join(map(_prompt_text, wanted))
+    return Ask(principal, account, deadline_of(request), graph.name, requests=wanted), graph
+
+
+def _prompt_text(request: GraphRequest) -> str:
+    match request.prompt:
+        case Chat():
+            return "\n".join(message.content for message in request.prompt.messages)
+        case str():
+            return request.prompt
+    return ""  # token ids
 
 
 class InferenceResponse(Response):

@@ -62,6 +62,7 @@ class ChatRendering(DataEvents):
         n: int,
         logprobs: bool,
         include_usage: bool,
+        continuous_usage: bool = False,
         has_tools: bool = False,
         params: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
@@ -70,6 +71,7 @@ class ChatRendering(DataEvents):
         self._model = model
         self._logprobs = logprobs
         self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._choices = [_Choice(has_tools) for _ in range(n)]
@@ -81,10 +83,13 @@ class ChatRendering(DataEvents):
         """The chunks for one event."""
         match event:
             case Delta():
+                if self._continuous_usage:
+                    self._usage += Usage(completion_tokens=event.num_tokens)
                 for fields, told in self._choices[event.index].take(event):
                     yield self._chunk(event.index, fields, chat_logprobs(told) if self._logprobs else None)
             case Started():
                 self._fingerprint = event.model_version or None
+                self._usage += Usage(prompt_tokens=event.prompt_tokens)
                 for index in range(len(self._choices)):
                     # Whether there will be text is not known yet where a call may come in its place.
                     fields = {"role": "assistant", "content": None if self._has_tools else ""}
@@ -133,7 +138,9 @@ class ChatRendering(DataEvents):
     ) -> dict[str, object]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = self._head("chat.completion.chunk") | {"choices": [choice]}
-        return chunk | {"usage": None} if self._include_usage else chunk
+        if not self._include_usage:
+            return chunk
+        return chunk | {"usage": usage_object(self._usage) if self._continuous_usage else None}
 
     def _grounded(self) -> dict[str, object]:
         return {} if self._grounding is None else grounding_fields(self._grounding)

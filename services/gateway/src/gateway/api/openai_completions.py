@@ -3,7 +3,8 @@
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, ClassVar
 
 from fastapi import APIRouter
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
@@ -11,15 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from chassis.errors import Code, PlatformError
-from gateway.api.identity import principal_of
-from gateway.api.inference import DataEvents, InferenceResponse, JsonObject, account_of, deadline_of
+from gateway.api.inference import DataEvents, InferenceResponse, JsonObject, open_ask
 from gateway.api.json_body import read_json
 from gateway.api.openai_constraints import ConstrainedBody
 from gateway.api.openai_logprobs import CompletionLogprobs
 from gateway.api.openai_params import MAX_CHOICES, MaxTokensOrNone, SamplingBody, TokenId, usage_object
 from gateway.core.graph import GraphEvent, GraphRequest
 from gateway.core.services import Delta, Done, Finished, Started, Usage
-from gateway.core.serving import Ask, Serving
+from gateway.core.serving import Serving
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 _MAX_LOGPROBS = 20
@@ -62,11 +62,18 @@ def prompts_of(value: str | Sequence[object]) -> list[str | tuple[int, ...]]:
 class CompletionBody(SamplingBody, ConstrainedBody):
     """The request."""
 
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            **SamplingBody.refused,
+            "prompt_embeds": "send a text or token ids",
+            "suffix": "what comes behind the completion cannot be given",
+        }
+    )
+
     prompt: Prompts
     max_tokens: MaxTokensOrNone | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
-    suffix: str | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
     @field_validator("prompt")
@@ -77,15 +84,10 @@ class CompletionBody(SamplingBody, ConstrainedBody):
             raise ValueError(f"prompts times n make {num_choices} completions, at most {MAX_CHOICES} are run")
         return value
 
-    def refuse_what_is_missing(self) -> None:
-        """Raises UNIMPLEMENTED for parameters that change the answer and are not there yet."""
-        if self.suffix:
-            raise PlatformError(Code.UNIMPLEMENTED, "suffix is not supported", param="suffix")
+    def requests(self, tenant: str) -> list[GraphRequest]:
+        """What the graph is asked, one for each prompt; raises UNIMPLEMENTED for a best_of that would choose."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise PlatformError(Code.UNIMPLEMENTED, "best_of other than n is not supported", param="best_of")
-
-    def requests(self, tenant: str) -> list[GraphRequest]:
-        """What the graph is asked, one for each prompt."""
         max_tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         grammar, _ = self.constraint()
         return [
@@ -118,6 +120,7 @@ class CompletionRendering(DataEvents):
         self._model = model
         self._echo = bool(body.echo)
         self._include_usage = body.include_usage
+        self._continuous_usage = body.continuous_usage
         self._requests = requests
         self._n = requests[0].n
         self._id = f"cmpl-{uuid.uuid4().hex}"
@@ -136,10 +139,13 @@ class CompletionRendering(DataEvents):
         """The chunks for one event."""
         match event:
             case Delta():
+                if self._continuous_usage:
+                    self._usage += Usage(completion_tokens=event.num_tokens)
                 if event.text or event.logprobs:
                     yield self._grow(event.index, event.text, event)
             case Started():
                 self._fingerprint = event.model_version or None
+                self._usage += Usage(prompt_tokens=event.prompt_tokens)
                 if self._echo:
                     text = self._prompt_text(event)
                     for choice in range(event.prompt_index * self._n, (event.prompt_index + 1) * self._n):
@@ -193,7 +199,9 @@ class CompletionRendering(DataEvents):
     ) -> dict[str, object]:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = self._head() | {"choices": [choice]}
-        return chunk | {"usage": None} if self._include_usage else chunk
+        if not self._include_usage:
+            return chunk
+        return chunk | {"usage": usage_object(self._usage) if self._continuous_usage else None}
 
 
 def completions_router(serving: Serving) -> APIRouter:
@@ -204,15 +212,8 @@ def completions_router(serving: Serving) -> APIRouter:
     async def completions(request: Request) -> Response:
         """Completes prompts."""
         body = await read_json(request, CompletionBody)
-        principal = principal_of(request)
-        graph = await serving.graph(principal, body.model)
-        account = account_of(request)
-        account.model = graph.name
-        body.refuse_what_is_missing()
-        wanted = body.requests(principal.tenant)
-        account.prompt_text = "\n".join(one.prompt for one in wanted if isinstance(one.prompt, str))
-        rendering = CompletionRendering(body, wanted, graph.name)
-        ask = Ask(principal, account, deadline_of(request), graph.name, requests=tuple(wanted))
-        return InferenceResponse(serving.run(ask, graph), rendering, account, stream=bool(body.stream))
+        ask, graph = await open_ask(request, serving, body.model, body.requests)
+        rendering = CompletionRendering(body, ask.requests, graph.name)
+        return InferenceResponse(serving.run(ask, graph), rendering, ask.account, stream=bool(body.stream))
 
     return router

@@ -1,6 +1,8 @@
 """What the chat and completion routes have in common: sampling and stopping parameters, choices, usage."""
 
-from typing import Annotated
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, ClassVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -22,10 +24,27 @@ class StreamOptions(Body):
     """How to stream."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: every chunk tells the usage so far
 
 
 class SamplingBody(Body):
-    """Parameters that both routes take; null means the default, as it does with OpenAI."""
+    """Parameters that both routes take; null means the default, as it does with OpenAI.
+
+    What only tells of the client (user, metadata, store, service_tier, safety_identifier, prompt_cache_key) or hints at
+    the way to an answer (reasoning_effort, verbosity, prediction) is tolerated.
+    """
+
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "allowed_token_ids": "send guided_choice or guided_regex",
+            "bad_words": "send logit_bias",
+            "include_stop_str_in_output": "add the stop string behind the answer",
+            "length_penalty": "there is no beam search",
+            "prompt_logprobs": "POST /v1/completions tells them with echo and logprobs",
+            "truncate_prompt_tokens": "send a shorter prompt",
+            "use_beam_search": "there is no beam search",
+        }
+    )
 
     model: ModelName
     stream: bool | None = None
@@ -41,6 +60,7 @@ class SamplingBody(Body):
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: list[StopString] | None = Field(None, max_length=MAX_STOPS)
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS)
     min_tokens: Annotated[int, Field(ge=0, le=_MAX_COUNT)] | None = None
     ignore_eos: bool | None = None
 
@@ -69,6 +89,11 @@ class SamplingBody(Body):
         """Whether a stream ends with a usage chunk."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream tells the usage so far."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
     def sampling(self) -> Sampling:
         """The sampling parameters for the generator."""
         return Sampling(
@@ -89,6 +114,7 @@ class SamplingBody(Body):
             max_tokens=max_tokens,
             min_tokens=self.min_tokens or 0,
             stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
         )
 

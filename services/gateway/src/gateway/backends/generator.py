@@ -140,6 +140,7 @@ def _stopping(stopping: Stopping) -> pb.StopParams:
         max_tokens=stopping.max_tokens,
         min_tokens=stopping.min_tokens,
         stop=stopping.stop,
+        stop_token_ids=stopping.stop_token_ids,
         ignore_eos=stopping.ignore_eos,
     )
 

@@ -1,0 +1,93 @@
+"""POST /generate, in the manner of vLLM's simple server: a prompt and sampling parameters, over any plain graph.
+
+Text is told as prompt and completion in one, and a stream is a line of JSON for every step, each with the whole text
+so far.
+"""
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Annotated, ClassVar, Literal
+
+from fastapi import APIRouter
+from pydantic import ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chassis.errors import PlatformError
+from gateway.api import errors
+from gateway.api.inference import JSON_LINES, InferenceResponse, JsonObject, open_ask
+from gateway.api.json_body import read_json
+from gateway.api.openai_params import MaxTokensOrNone, ModelName, SamplingBody
+from gateway.core.catalog import Catalog
+from gateway.core.graph import GraphEvent, GraphRequest
+from gateway.core.services import Delta
+from gateway.core.serving import Serving
+
+_DEFAULT_MAX_TOKENS = 16  # vLLM's
+
+
+class GenerateBody(SamplingBody):
+    """The request. Unlike OpenAI's, a field that we do not know is refused, as vLLM's server does."""
+
+    model_config = ConfigDict(extra="forbid")
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    model: ModelName | None = None  # type: ignore[assignment]  # vLLM serves one, and so do we mostly
+    prompt: str
+    max_tokens: MaxTokensOrNone | None = None
+    # What vLLM's clients send although it asks for nothing.
+    best_of: Literal[1] | None = None
+    use_beam_search: Literal[False] | None = None
+    skip_special_tokens: Literal[True] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # the answer has no place for them
+
+    def request(self, tenant: str) -> GraphRequest:
+        """What the graph is asked."""
+        max_tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        return GraphRequest(
+            prompt=self.prompt,
+            tenant=tenant,
+            sampling=self.sampling(),
+            stopping=self.stopping(max_tokens),
+            n=self.n or 1,
+        )
+
+
+class GenerateRendering:
+    """Events as {"text": [...]}, one text for each completion."""
+
+    framing = JSON_LINES
+    params: Mapping[str, str] = MappingProxyType({})
+
+    def __init__(self, prompt: str, n: int) -> None:
+        self._texts = [[prompt] for _ in range(n)]
+
+    def take(self, event: GraphEvent) -> Iterable[JsonObject]:
+        """The lines for one event."""
+        if isinstance(event, Delta) and event.text:
+            self._texts[event.index].append(event.text)
+            yield self.whole()
+
+    def whole(self) -> JsonObject:
+        """The texts so far."""
+        return {"text": ["".join(text) for text in self._texts]}
+
+    def failure(self, error: PlatformError) -> Iterable[JsonObject]:
+        """A line that is no text."""
+        yield errors.envelope(error)
+
+
+def generate_router(serving: Serving, catalog: Catalog) -> APIRouter:
+    """The route."""
+    router = APIRouter()
+
+    @router.post("/generate", response_model=None)
+    async def generate(request: Request) -> Response:
+        """Completes a prompt."""
+        body = await read_json(request, GenerateBody)
+        model = body.model or catalog.only_plain()
+        ask, graph = await open_ask(request, serving, model, lambda tenant: [body.request(tenant)])
+        rendering = GenerateRendering(body.prompt, ask.requests[0].n)
+        return InferenceResponse(serving.run(ask, graph), rendering, ask.account, stream=bool(body.stream))
+
+    return router
