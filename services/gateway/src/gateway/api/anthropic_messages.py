@@ -9,16 +9,19 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chassis.errors import Code, PlatformError
+from chassis.errors import Code
 from gateway.api.anthropic_rendering import MessageRendering
 from gateway.api.anthropic_turns import MessageTurn, TextBlocks, chat_turns, check_turns
 from gateway.api.dialects import Dialect
 from gateway.api.identity import principal_of
-from gateway.api.inference import InferenceResponse, deadline_of, json_response, open_ask
-from gateway.api.json_body import Body, read_json
+from gateway.api.inference import EVENT_STREAM, InferenceResponse, ask_of, deadline_of, graph_of, json_response
+from gateway.api.json_body import Body, invalid, read_json, validate
+from gateway.api.openai_answers import MESSAGE
 from gateway.api.openai_chat import ChatBody
 from gateway.api.openai_params import MAX_STOPS, MaxTokens, ModelName, StopString
 from gateway.api.openai_tools import MAX_TOOLS, Name
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import COUNT, record
 from gateway.core.services import Chat, ToolCalls
 from gateway.core.serving import Serving
 
@@ -97,7 +100,7 @@ class CountBody(Body):
     def chat(self) -> ChatBody:
         """The same request in OpenAI's words; raises INVALID_ARGUMENT."""
         check_turns(self.messages)
-        return _ANTHROPIC.chat(self._chat_fields())
+        return validate(self._chat_fields(), ChatBody)
 
     def _chat_fields(self) -> dict[str, Any]:
         choice = self.tool_choice
@@ -141,8 +144,7 @@ def _openai_choice(choice: ToolChoice | None) -> Any:
         return None
     if choice.type == "tool":
         if choice.name is None:
-            message = "tool_choice.name: a choice of the type tool needs the name of the tool"
-            raise PlatformError(Code.INVALID_ARGUMENT, message, param="tool_choice.name")
+            raise invalid("tool_choice.name", "a choice of the type tool needs the name of the tool")
         return {"type": "function", "function": {"name": choice.name}}
     return "required" if choice.type == "any" else choice.type
 
@@ -152,28 +154,35 @@ def messages_router(serving: Serving) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/messages", response_model=None)
+    @documented(MESSAGE, body=MessageBody, stream=EVENT_STREAM)
     async def create_message(request: Request) -> Response:
         """Answers a conversation."""
         body = await read_json(request, MessageBody)
-        chat = body.chat()
-        ask, graph = await open_ask(request, serving, body.model, lambda tenant: [chat.request(tenant)])
+        graph = await graph_of(request, serving, body.model)
+        with _ANTHROPIC.naming():
+            chat = body.chat()
+            wanted = chat.request(principal_of(request).tenant)
+        ask = ask_of(request, graph, [wanted])
         rendering = MessageRendering(
             model=graph.name,
             stop_sequences=body.stop_sequences or (),
-            has_tools=isinstance(ask.requests[0].grammar, ToolCalls),
+            has_tools=isinstance(wanted.grammar, ToolCalls),
             params=_ANTHROPIC.params(chat),
             request_id=ask.account.request_id,
         )
         return InferenceResponse(serving.run(ask, graph), rendering, ask.account, stream=bool(body.stream))
 
     @router.post("/v1/messages/count_tokens", response_model=None)
+    @documented(record({"input_tokens": COUNT}), body=CountBody)
     async def count_tokens(request: Request) -> Response:
         """Counts the tokens of a conversation without answering it."""
         body = await read_json(request, CountBody)
         principal = principal_of(request)
-        prompt = body.chat().request(principal.tenant).prompt
+        graph = await serving.graph(principal, body.model)
+        with _ANTHROPIC.naming():
+            prompt = body.chat().request(principal.tenant).prompt
         assert isinstance(prompt, Chat)
-        num_tokens = await serving.count_tokens(principal, body.model, prompt, deadline_of(request))
+        num_tokens = await serving.count_tokens(graph, prompt, deadline_of(request))
         return json_response({"input_tokens": num_tokens})
 
     return router

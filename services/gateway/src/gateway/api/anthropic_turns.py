@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import Discriminator, Field, Tag
 
-from chassis.errors import Code, PlatformError
-from gateway.api.json_body import Body
+from chassis.errors import PlatformError
+from gateway.api.json_body import Body, invalid
 from gateway.api.openai_tools import Name
 
 _MAX_BLOCKS = 1024
@@ -113,8 +113,7 @@ def check_turns(turns: Sequence[MessageTurn]) -> None:
 
 
 def _bad(number: int, message: str) -> PlatformError:
-    param = f"messages[{number}]"
-    return PlatformError(Code.INVALID_ARGUMENT, f"{param}: {message}", param=param, reason="invalid_value")
+    return invalid(f"messages[{number}]", message)
 
 
 def chat_turns(system: str | list[TextBlock] | None, turns: Iterable[MessageTurn]) -> list[dict[str, Any]]:

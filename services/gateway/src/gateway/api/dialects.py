@@ -1,12 +1,11 @@
 """APIs that are put into the words of OpenAI's chat: what they call its fields, for errors that name them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from chassis.errors import PlatformError
-from gateway.api.json_body import validate
 from gateway.api.openai_chat import ChatBody
 
 _TOOL_FIELD = re.compile(r"(tools\[\d+\])\.(function\.\w+)")
@@ -19,14 +18,16 @@ class Dialect:
     fields: Mapping[str, str]
     tool_fields: Mapping[str, str]  # of "function.name" and "function.parameters"
 
-    def chat(self, fields: Mapping[str, Any]) -> ChatBody:
-        """The chat; raises INVALID_ARGUMENT with the API's own names."""
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Within it an error about a field of the chat becomes one about the API's own."""
         try:
-            return validate(fields, ChatBody)
+            yield
         except PlatformError as error:
-            theirs = self.name(error.param or "")
-            error.message = error.message.replace(f"{error.param}:", f"{theirs}:", 1)
-            error.param = theirs or None
+            if error.param is not None:
+                theirs = self.name(error.param)
+                error.message = error.message.replace(f"{error.param}:", f"{theirs}:", 1)
+                error.param = theirs
             raise
 
     def params(self, chat: ChatBody) -> Mapping[str, str]:

@@ -7,12 +7,13 @@ Routes raise PlatformError and never build an error by hand.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -103,7 +104,7 @@ def from_http_exception(error: HTTPException, method: str, path: str) -> Platfor
     return internal_error()
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, routes: Sequence[APIRoute]) -> None:
     """Makes every error of the routes leave in the envelope."""
 
     async def platform_error(request: Request, exc: Exception) -> Response:
@@ -121,8 +122,8 @@ def install(app: FastAPI) -> None:
     async def http_exception(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
         response = error_response(from_http_exception(exc, request.method, request.url.path), request.scope)
-        for name, value in (exc.headers or {}).items():
-            response.headers[name] = value
+        if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            response.headers["allow"] = ", ".join(sorted(_allowed(routes, request.url.path)))
         return response
 
     async def unexpected(request: Request, _: Exception) -> Response:
@@ -133,6 +134,11 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http_exception)
     app.add_exception_handler(RequestValidationError, bad_parameter)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _allowed(routes: Sequence[APIRoute], path: str) -> set[str]:
+    """Every method of a path: the router itself tells those of the first route that it finds."""
+    return {method for route in routes if route.path_regex.match(path) for method in route.methods or ()}
 
 
 def log_unexpected(error: Exception) -> None:

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
-from gateway.api import errors
+from gateway.api import errors, openapi
 from gateway.api.anthropic_messages import messages_router
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, RateLimit
@@ -49,19 +50,22 @@ def make_app(
     # FastAPI's own spans take the client's headers for their parent and would begin a second trace beside the frame's.
     no_telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
     routes = FastAPI(title="Pressroom", docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=no_telemetry)
-    errors.install(routes)
-    for router in (
+    all_routers = (
         chat_router(serving),
         completions_router(serving),
         embeddings_router(embedder, serving),
+        models_router(catalog),
         messages_router(serving),
         responses_router(serving),
         generate_router(serving, catalog),
         rerank_router(embedder, serving),
-        models_router(catalog),
         *routers,
-    ):
+    )
+    for router in all_routers:
         routes.include_router(router)
+    api_routes = [route for router in all_routers for route in router.routes if isinstance(route, APIRoute)]
+    errors.install(routes, api_routes)
+    openapi.install(routes, api_routes)
     # From the outside in: the frame, the key, the account, the limit, the size, the routes.
     capped = BodyCap(routes, max_body_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
     accounted = Accounting(RateLimit(capped, limiter=limiter), recorder=recorder)

@@ -101,17 +101,18 @@ def deadline_of(request: Request) -> Deadline:
     return Deadline(request.scope["state"]["deadline_s"])
 
 
-async def open_ask(
-    request: Request, serving: Serving, model: str, requests: Callable[[str], Sequence[GraphRequest]]
-) -> tuple[Ask, Graph]:
-    """What a request asks of which graph; `requests` makes its prompts, given the tenant. Raises NOT_FOUND."""
-    principal = principal_of(request)
-    graph = await serving.graph(principal, model)
+async def graph_of(request: Request, serving: Serving, model: str) -> Graph:
+    """What answers under the name that the request gives; raises NOT_FOUND."""
+    graph = await serving.graph(principal_of(request), model)
+    account_of(request).model = graph.name
+    return graph
+
+
+def ask_of(request: Request, graph: Graph, wanted: Sequence[GraphRequest]) -> Ask:
+    """What the request asks of the graph."""
     account = account_of(request)
-    account.model = graph.name
-    wanted = tuple(requests(principal.tenant))
     account.prompt_text = "\n".join(map(_prompt_text, wanted))
-    return Ask(principal, account, deadline_of(request), graph.name, requests=wanted), graph
+    return Ask(principal_of(request), account, deadline_of(request), graph.name, requests=tuple(wanted))
 
 
 def _prompt_text(request: GraphRequest) -> str:

@@ -116,6 +116,11 @@ def validate(value: Mapping[str, Any], model: type[M]) -> M:
     return checked
 
 
+def invalid(param: str, message: str) -> PlatformError:
+    """The error for fields that do not fit together, in the words of those that a single field gets."""
+    return PlatformError(Code.INVALID_ARGUMENT, f"{param}: {message}", param=param, reason="invalid_value")
+
+
 def _refuse(value: Mapping[str, Any], body: Body) -> None:
     for name, instead in body.refused.items():
         if value.get(name):  # null, false, 0 and what is empty ask for nothing

@@ -1,18 +1,20 @@
 """POST /v1/chat/completions: OpenAI's chat, over any graph."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
 import orjson
 from fastapi import APIRouter
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import Response
 
 from chassis.errors import Code, PlatformError
-from gateway.api.inference import InferenceResponse, open_ask
-from gateway.api.json_body import Body, read_json
+from gateway.api.identity import principal_of
+from gateway.api.inference import EVENT_STREAM, InferenceResponse, ask_of, graph_of
+from gateway.api.json_body import Body, invalid, read_json
+from gateway.api.openai_answers import CHAT_COMPLETION
 from gateway.api.openai_chat_rendering import ChatRendering
 from gateway.api.openai_constraints import ConstrainedBody, ResponseFormat
 from gateway.api.openai_params import MaxTokens, SamplingBody
@@ -24,6 +26,7 @@ from gateway.api.openai_tools import (
     callable_tools,
     wanted_calls,
 )
+from gateway.api.openapi import documented
 from gateway.core.graph import GraphRequest
 from gateway.core.services import (
     Chat,
@@ -83,13 +86,12 @@ class ChatTurn(Body):
     tool_calls: list[CalledTool] | None = Field(None, max_length=MAX_TOOLS)
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
-    @model_validator(mode="after")
-    def _has_content(self) -> "ChatTurn":
+    def check(self, number: int) -> None:
+        """Raises INVALID_ARGUMENT for fields that do not fit together."""
         if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
-            raise ValueError("the message has no content")
+            raise invalid(f"messages[{number}]", "the message has no content")
         if self.role == "tool" and self.tool_call_id is None:
-            raise ValueError("a message of the role tool needs the tool_call_id that it answers")
-        return self
+            raise invalid(f"messages[{number}]", "a message of the role tool needs the tool_call_id that it answers")
 
     def message(self) -> Message:
         """The turn as the core knows it."""
@@ -133,29 +135,14 @@ class ChatBody(SamplingBody, ConstrainedBody):
     parallel_tool_calls: bool | None = None
     collection: Annotated[str, Field(min_length=1, max_length=64)] | None = None
 
-    @field_validator("top_logprobs")
-    @classmethod
-    def _top_needs_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and not info.data.get("logprobs"):
-            raise ValueError("needs logprobs: true")
-        return value
-
-    @field_validator("messages")
-    @classmethod
-    def _tools_answer_calls(cls, value: list[ChatTurn]) -> list[ChatTurn]:
-        open_ids: set[str] = set()
-        for number, turn in enumerate(value):
-            if turn.role == "tool":
-                if turn.tool_call_id not in open_ids:
-                    raise ValueError(f"message {number} of the role tool answers no tool_calls of a message before it")
-                open_ids.discard(turn.tool_call_id or "")
-                continue
-            if open_ids:
-                raise ValueError(f"the tool_calls {sorted(open_ids)} are not answered before message {number}")
-            open_ids = {call.id for call in turn.tool_calls or ()}
-        if open_ids:
-            raise ValueError(f"the tool_calls {sorted(open_ids)} are not answered by messages of the role tool")
-        return value
+    def check(self) -> None:
+        """Raises INVALID_ARGUMENT for fields that do not fit together; what each may be was checked before."""
+        self.check_options()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs", "needs logprobs: true")
+        for number, turn in enumerate(self.messages):
+            turn.check(number)
+        _check_calls_are_answered(self.messages)
 
     def callable_places(self) -> list[int]:
         """Places of the tools that the answer may call."""
@@ -191,7 +178,8 @@ class ChatBody(SamplingBody, ConstrainedBody):
         return calls, calls.tools_json
 
     def request(self, tenant: str, *, priority: int = 0) -> GraphRequest:
-        """What the graph is asked."""
+        """What the graph is asked; raises INVALID_ARGUMENT for fields that do not fit together."""
+        self.check()
         grammar, tools_json = self._wanted()
         return GraphRequest(
             prompt=Chat(tuple(turn.message() for turn in self.messages), tools_json),
@@ -206,6 +194,22 @@ class ChatBody(SamplingBody, ConstrainedBody):
         )
 
 
+def _check_calls_are_answered(turns: Sequence[ChatTurn]) -> None:
+    open_ids: set[str] = set()
+    for number, turn in enumerate(turns):
+        if turn.role == "tool":
+            if turn.tool_call_id not in open_ids:
+                message = f"message {number} of the role tool answers no tool_calls of a message before it"
+                raise invalid("messages", message)
+            open_ids.discard(turn.tool_call_id or "")
+            continue
+        if open_ids:
+            raise invalid("messages", f"the tool_calls {sorted(open_ids)} are not answered before message {number}")
+        open_ids = {call.id for call in turn.tool_calls or ()}
+    if open_ids:
+        raise invalid("messages", f"the tool_calls {sorted(open_ids)} are not answered by messages of the role tool")
+
+
 def _dump(value: object) -> str:
     return orjson.dumps(value).decode()
 
@@ -215,11 +219,13 @@ def chat_router(serving: Serving) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/chat/completions", response_model=None)
+    @documented(CHAT_COMPLETION, body=ChatBody, stream=EVENT_STREAM)
     async def chat_completions(request: Request) -> Response:
         """Answers a chat."""
         body = await read_json(request, ChatBody)
-        ask, graph = await open_ask(request, serving, body.model, lambda tenant: [body.request(tenant)])
-        wanted = ask.requests[0]
+        graph = await graph_of(request, serving, body.model)
+        wanted = body.request(principal_of(request).tenant)
+        ask = ask_of(request, graph, [wanted])
         rendering = ChatRendering(
             model=graph.name,
             n=wanted.n,

@@ -7,16 +7,19 @@ from types import MappingProxyType
 from typing import Annotated, ClassVar
 
 from fastapi import APIRouter
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import Response
 
 from chassis.errors import Code, PlatformError
-from gateway.api.inference import DataEvents, InferenceResponse, JsonObject, open_ask
-from gateway.api.json_body import read_json
+from gateway.api.identity import principal_of
+from gateway.api.inference import EVENT_STREAM, DataEvents, InferenceResponse, JsonObject, ask_of, graph_of
+from gateway.api.json_body import invalid, read_json
+from gateway.api.openai_answers import TEXT_COMPLETION
 from gateway.api.openai_constraints import ConstrainedBody
 from gateway.api.openai_logprobs import CompletionLogprobs
 from gateway.api.openai_params import MAX_CHOICES, MaxTokensOrNone, SamplingBody, TokenId, usage_object
+from gateway.api.openapi import documented
 from gateway.core.graph import GraphEvent, GraphRequest
 from gateway.core.services import Delta, Done, Finished, Started, Usage
 from gateway.core.serving import Serving
@@ -76,16 +79,15 @@ class CompletionBody(SamplingBody, ConstrainedBody):
     logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
-    @field_validator("prompt")
-    @classmethod
-    def _not_too_many(cls, value: Prompts, info: ValidationInfo) -> Prompts:
-        num_choices = len(prompts_of(value)) * (info.data.get("n") or 1)
-        if num_choices > MAX_CHOICES:
-            raise ValueError(f"prompts times n make {num_choices} completions, at most {MAX_CHOICES} are run")
-        return value
-
     def requests(self, tenant: str) -> list[GraphRequest]:
-        """What the graph is asked, one for each prompt; raises UNIMPLEMENTED for a best_of that would choose."""
+        """What the graph is asked, one for each prompt.
+
+        Raises INVALID_ARGUMENT for fields that do not fit together, UNIMPLEMENTED for a best_of that would choose.
+        """
+        self.check_options()
+        prompts = prompts_of(self.prompt)
+        if (num_choices := len(prompts) * (self.n or 1)) > MAX_CHOICES:
+            raise invalid("prompt", f"prompts times n make {num_choices} completions, at most {MAX_CHOICES} are run")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise PlatformError(Code.UNIMPLEMENTED, "best_of other than n is not supported", param="best_of")
         max_tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
@@ -101,7 +103,7 @@ class CompletionBody(SamplingBody, ConstrainedBody):
                 prompt_logprobs=self._prompt_logprobs(prompt),
                 grammar=grammar,
             )
-            for prompt in prompts_of(self.prompt)
+            for prompt in prompts
         ]
 
     def _prompt_logprobs(self, prompt: str | tuple[int, ...]) -> int | None:
@@ -209,10 +211,12 @@ def completions_router(serving: Serving) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/completions", response_model=None)
+    @documented(TEXT_COMPLETION, body=CompletionBody, stream=EVENT_STREAM)
     async def completions(request: Request) -> Response:
         """Completes prompts."""
         body = await read_json(request, CompletionBody)
-        ask, graph = await open_ask(request, serving, body.model, body.requests)
+        graph = await graph_of(request, serving, body.model)
+        ask = ask_of(request, graph, body.requests(principal_of(request).tenant))
         rendering = CompletionRendering(body, ask.requests, graph.name)
         return InferenceResponse(serving.run(ask, graph), rendering, ask.account, stream=bool(body.stream))
 

@@ -16,8 +16,10 @@ from gateway.api.encoders import EncoderResponse, embed
 from gateway.api.identity import principal_of
 from gateway.api.inference import account_of, deadline_of
 from gateway.api.json_body import Body, read_json
+from gateway.api.openai_answers import EMBEDDINGS
 from gateway.api.openai_completions import prompt_kind, prompts_of
 from gateway.api.openai_params import ModelName, TokenId
+from gateway.api.openapi import documented
 from gateway.core.services import Embedded, Embedder
 from gateway.core.serving import Ask, Serving
 
@@ -72,6 +74,7 @@ def embeddings_router(embedder: Embedder, serving: Serving) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/embeddings", response_model=None)
+    @documented(EMBEDDINGS, body=EmbeddingsBody)
     async def embeddings(request: Request) -> Response:
         """Embeds texts."""
         body = await read_json(request, EmbeddingsBody)

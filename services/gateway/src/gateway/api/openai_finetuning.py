@@ -14,6 +14,8 @@ from gateway.api.inference import json_response
 from gateway.api.json_body import Body, read_json
 from gateway.api.openai_files import page_shape
 from gateway.api.openai_params import ModelName
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import ANY_OBJECT, COUNT, NUMBER, TEXT, TIME, array, nullable, one_of, page, record
 from gateway.core.catalog import Catalog
 from gateway.core.finetuning import Finetune, Finetuning, Hyperparameters, Order, Run, RunEvent
 from gateway.core.jobs import Canceller, JobStatus, JobStore
@@ -55,7 +57,7 @@ class _Method(Body):
     supervised: _Supervised | None = None
 
 
-class _OrderBody(Body):
+class OrderBody(Body):
     """The request."""
 
     model: ModelName
@@ -106,18 +108,57 @@ class _OrderBody(Body):
         return of_method or self.hyperparameters or _Hyperparameters()
 
 
+FINETUNE = record(
+    {
+        "id": TEXT,
+        "object": one_of("fine_tuning.job"),
+        "created_at": TIME,
+        "finished_at": nullable(TIME),
+        "model": TEXT,
+        "fine_tuned_model": nullable(TEXT),
+        "organization_id": TEXT,
+        "status": one_of(*JobStatus),
+        "training_file": TEXT,
+        "error": nullable(record({"code": TEXT, "message": TEXT, "param": nullable(TEXT)})),
+    }
+)
+_EVENT = record(
+    {
+        "id": TEXT,
+        "object": one_of("fine_tuning.job.event"),
+        "created_at": TIME,
+        "level": TEXT,
+        "message": TEXT,
+        "type": TEXT,
+        "data": nullable(ANY_OBJECT),
+    }
+)
+_LOSSES = record(
+    {
+        "object": one_of("fine_tuning.job.losses"),
+        "step": COUNT,
+        "total_steps": COUNT,
+        "losses": array(NUMBER),
+        "trained_tokens": COUNT,
+        "tracker_run_id": nullable(TEXT),
+    }
+)
+
+
 def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, canceller: Canceller) -> APIRouter:
     """Makes the routes."""
     router = APIRouter()
 
-    @router.post(_PATH)
+    @router.post(_PATH, response_model=None)
+    @documented(FINETUNE, body=OrderBody)
     async def create_job(request: Request) -> dict[str, Any]:
-        order = (await read_json(request, _OrderBody)).order()
+        order = (await read_json(request, OrderBody)).order()
         principal = principal_of(request)
         await catalog.check_tunable(order.base)
         return job_shape(await finetuning.submit(principal.tenant, principal.key_id, order))
 
-    @router.get(_PATH)
+    @router.get(_PATH, response_model=None)
+    @documented(page(FINETUNE, with_ends=True))
     async def list_jobs(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -128,11 +169,13 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
         found = await finetuning.newest(principal_of(request).tenant, limit=limit + 1, after=after)
         return page_shape([job_shape(one) for one in found[:limit]], has_more=len(found) > limit)
 
-    @router.get(_PATH + "/{job_id}")
+    @router.get(_PATH + "/{job_id}", response_model=None)
+    @documented(FINETUNE)
     async def get_job(request: Request, job_id: str) -> dict[str, Any]:
         return job_shape(await finetuning.get(principal_of(request).tenant, job_id))
 
-    @router.post(_PATH + "/{job_id}/cancel")
+    @router.post(_PATH + "/{job_id}/cancel", response_model=None)
+    @documented(FINETUNE)
     async def cancel_job(request: Request, job_id: str) -> dict[str, Any]:
         tenant = principal_of(request).tenant
         await finetuning.get(tenant, job_id)  # no other job is cancelled here
@@ -140,6 +183,7 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
         return job_shape(await finetuning.get(tenant, job_id))
 
     @router.get(_PATH + "/{job_id}/events", response_model=None)
+    @documented(page(_EVENT, with_ends=True))
     async def list_events(
         request: Request,
         job_id: str,
@@ -155,12 +199,14 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
         return json_response(page_shape(shown, has_more=len(events) > limit))
 
     @router.get(_PATH + "/{job_id}/losses", response_model=None)
+    @documented(_LOSSES)
     async def get_losses(request: Request, job_id: str) -> Response:
         """Not OpenAI's: the loss curve in one piece."""
         _, run = await finetuning.run(principal_of(request).tenant, job_id)
         return json_response(_losses_shape(run))
 
-    @router.get(_PATH + "/{job_id}/checkpoints")
+    @router.get(_PATH + "/{job_id}/checkpoints", response_model=None)
+    @documented(page(ANY_OBJECT, with_ends=True))
     async def list_checkpoints(request: Request, job_id: str) -> dict[str, Any]:
         """None: checkpoints are for resuming after a crash, and no request can name one."""
         await finetuning.get(principal_of(request).tenant, job_id)
@@ -171,7 +217,7 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
         raise PlatformError(Code.UNIMPLEMENTED, message, reason="not_implemented")
 
     for action in ("pause", "resume"):
-        router.add_api_route(_PATH + "/{job_id}/" + action, not_there, methods=["POST"], response_model=None)
+        router.add_api_route(_PATH + "/{job_id}/" + action, not_there, methods=["POST"], include_in_schema=False)
     return router
 
 

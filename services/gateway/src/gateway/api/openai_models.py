@@ -10,6 +10,9 @@ from starlette.responses import Response
 from gateway.api import anthropic_errors
 from gateway.api.identity import principal_of
 from gateway.api.inference import json_response
+from gateway.api.openai_answers import MODEL
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import array, one_of, record
 from gateway.core.catalog import Catalog, model_not_found
 from gateway.core.services import ServedModel
 
@@ -19,6 +22,7 @@ def models_router(catalog: Catalog) -> APIRouter:
     router = APIRouter()
 
     @router.get("/v1/models", response_model=None)
+    @documented(record({"object": one_of("list"), "data": array(MODEL)}))
     async def list_models(request: Request) -> Response:
         """Every model that a request of the tenant's can name."""
         tenant = principal_of(request).tenant
@@ -31,6 +35,7 @@ def models_router(catalog: Catalog) -> APIRouter:
         return json_response({"object": "list", "data": [_shape(model, tenant) for model in models]})
 
     @router.get("/v1/models/{model_id:path}", response_model=None)
+    @documented(MODEL)
     async def get_model(request: Request, model_id: str) -> Response:
         """One model."""
         tenant = principal_of(request).tenant

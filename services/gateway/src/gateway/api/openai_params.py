@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, ClassVar
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, WithJsonSchema, field_validator
 
-from gateway.api.json_body import Body
+from gateway.api.json_body import Body, invalid
 from gateway.core.services import Sampling, Stopping, Usage
 
 MAX_CHOICES = 128  # completions of one request, over all of its prompts
@@ -18,6 +18,14 @@ TokenId = Annotated[int, Field(ge=0, le=_MAX_UINT32)]
 ModelName = Annotated[str, Field(min_length=1, max_length=256)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+
+_STOP_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "minLength": 1, "maxLength": 1024},
+        {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1, "maxLength": 1024}},
+        {"type": "null"},
+    ]
+}
 
 
 class StreamOptions(Body):
@@ -57,9 +65,11 @@ class SamplingBody(Body):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=1024, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}
+    )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: list[StopString] | None = Field(None, max_length=MAX_STOPS)
+    stop: Annotated[list[StopString] | None, WithJsonSchema(_STOP_SCHEMA)] = Field(None, max_length=MAX_STOPS)
     stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS)
     min_tokens: Annotated[int, Field(ge=0, le=_MAX_COUNT)] | None = None
     ignore_eos: bool | None = None
@@ -77,12 +87,10 @@ class SamplingBody(Body):
                 raise ValueError(f"the key {key[:40]!r} is no token id")
         return value
 
-    @field_validator("stream_options")
-    @classmethod
-    def _only_streams(cls, value: StreamOptions | None, info: ValidationInfo) -> StreamOptions | None:
-        if value is not None and not info.data.get("stream"):
-            raise ValueError("is only allowed when stream is true")
-        return value
+    def check_options(self) -> None:
+        """Raises INVALID_ARGUMENT for fields that do not fit together."""
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "is only allowed when stream is true")
 
     @property
     def include_usage(self) -> bool:

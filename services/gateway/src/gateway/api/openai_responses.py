@@ -12,13 +12,15 @@ from starlette.responses import Response
 from chassis.errors import Code, PlatformError
 from gateway.api.dialects import Dialect
 from gateway.api.identity import principal_of
-from gateway.api.inference import InferenceResponse, open_ask
-from gateway.api.json_body import Body, read_json
+from gateway.api.inference import EVENT_STREAM, InferenceResponse, ask_of, graph_of
+from gateway.api.json_body import Body, invalid, read_json, validate
+from gateway.api.openai_answers import RESPONSE
 from gateway.api.openai_chat import MAX_TOP_LOGPROBS, ChatBody
 from gateway.api.openai_params import MaxTokens, ModelName
 from gateway.api.openai_responses_items import Input, chat_turns
 from gateway.api.openai_responses_rendering import ResponseRendering
 from gateway.api.openai_tools import MAX_TOOLS, Name
+from gateway.api.openapi import documented
 from gateway.core.services import ToolCalls
 from gateway.core.serving import Serving
 
@@ -117,7 +119,7 @@ class ResponseBody(Body):
 
     def chat(self) -> ChatBody:
         """The same request in the words of chat completions; raises INVALID_ARGUMENT."""
-        return _RESPONSES.chat(
+        return validate(
             {
                 "model": self.model,
                 "messages": chat_turns(self.instructions, self.input),
@@ -130,7 +132,8 @@ class ResponseBody(Body):
                 "tools": [_chat_tool(tool) for tool in self.tools or ()] or None,
                 "tool_choice": _chat_choice(self.tool_choice),
                 "parallel_tool_calls": self.parallel_tool_calls,
-            }
+            },
+            ChatBody,
         )
 
     def _response_format(self) -> dict[str, Any] | None:
@@ -139,8 +142,7 @@ class ResponseBody(Body):
             return {"type": form.type} if form else None
         if form.json_schema is None or form.name is None:
             missing = "schema" if form.json_schema is None else "name"
-            message = f"text.format.{missing}: a format of the type json_schema needs a {missing}"
-            raise PlatformError(Code.INVALID_ARGUMENT, message, param=f"text.format.{missing}", reason="invalid_value")
+            raise invalid(f"text.format.{missing}", f"a format of the type json_schema needs a {missing}")
         return {"type": form.type, "json_schema": {"name": form.name, "schema": form.json_schema}}
 
     def echoed(self) -> dict[str, object]:
@@ -182,15 +184,19 @@ def responses_router(serving: Serving) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/responses", response_model=None)
+    @documented(RESPONSE, body=ResponseBody, stream=EVENT_STREAM)
     async def create_response(request: Request) -> Response:
         """Answers an input."""
         body = await read_json(request, ResponseBody)
-        chat = body.chat()
-        ask, graph = await open_ask(request, serving, body.model, lambda tenant: [chat.request(tenant)])
+        graph = await graph_of(request, serving, body.model)
+        with _RESPONSES.naming():
+            chat = body.chat()
+            wanted = chat.request(principal_of(request).tenant)
+        ask = ask_of(request, graph, [wanted])
         rendering = ResponseRendering(
             model=graph.name,
             echoed=body.echoed(),
-            has_tools=isinstance(ask.requests[0].grammar, ToolCalls),
+            has_tools=isinstance(wanted.grammar, ToolCalls),
             logprobs=body.wants_logprobs,
             params=_RESPONSES.params(chat),
         )
@@ -203,7 +209,6 @@ def responses_router(serving: Serving) -> APIRouter:
         raise PlatformError(Code.NOT_FOUND, message, param="response_id", reason="response_not_found")
 
     kept = "/v1/responses/{response_id}"
-    router.add_api_route(kept, not_kept, methods=["GET", "DELETE"], response_model=None)
-    router.add_api_route(f"{kept}/cancel", not_kept, methods=["POST"], response_model=None)
-    router.add_api_route(f"{kept}/input_items", not_kept, methods=["GET"], response_model=None)
+    for path, methods in ((kept, ["GET", "DELETE"]), (f"{kept}/cancel", ["POST"]), (f"{kept}/input_items", ["GET"])):
+        router.add_api_route(path, not_kept, methods=methods, response_model=None, include_in_schema=False)
     return router

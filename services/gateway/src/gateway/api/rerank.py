@@ -20,7 +20,9 @@ from gateway.api.encoders import EncoderResponse, embed
 from gateway.api.identity import principal_of
 from gateway.api.inference import account_of, deadline_of
 from gateway.api.json_body import Body, read_json
+from gateway.api.openai_answers import RANKING
 from gateway.api.openai_params import ModelName
+from gateway.api.openapi import documented
 from gateway.core.services import Embedded, Embedder
 from gateway.core.serving import Ask, Serving
 
@@ -66,6 +68,7 @@ def rerank_router(embedder: Embedder, serving: Serving) -> APIRouter:
     """The routes."""
     router = APIRouter()
 
+    @documented(RANKING, body=RerankBody)
     async def rerank(request: Request) -> Response:
         """Orders documents by their relevance to a query."""
         body = await read_json(request, RerankBody)

@@ -15,9 +15,12 @@ from starlette.responses import Response
 
 from chassis.errors import PlatformError
 from gateway.api import errors
-from gateway.api.inference import JSON_LINES, InferenceResponse, JsonObject, open_ask
+from gateway.api.identity import principal_of
+from gateway.api.inference import JSON_LINES, InferenceResponse, JsonObject, ask_of, graph_of
 from gateway.api.json_body import read_json
 from gateway.api.openai_params import MaxTokensOrNone, ModelName, SamplingBody
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import TEXT, array, record
 from gateway.core.catalog import Catalog
 from gateway.core.graph import GraphEvent, GraphRequest
 from gateway.core.services import Delta
@@ -33,7 +36,7 @@ class GenerateBody(SamplingBody):
     refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     model: ModelName | None = None  # type: ignore[assignment]  # vLLM serves one, and so do we mostly
-    prompt: str
+    prompt: Annotated[str, Field(min_length=1)]
     max_tokens: MaxTokensOrNone | None = None
     # What vLLM's clients send although it asks for nothing.
     best_of: Literal[1] | None = None
@@ -42,7 +45,8 @@ class GenerateBody(SamplingBody):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # the answer has no place for them
 
     def request(self, tenant: str) -> GraphRequest:
-        """What the graph is asked."""
+        """What the graph is asked; raises INVALID_ARGUMENT for fields that do not fit together."""
+        self.check_options()
         max_tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         return GraphRequest(
             prompt=self.prompt,
@@ -82,12 +86,15 @@ def generate_router(serving: Serving, catalog: Catalog) -> APIRouter:
     router = APIRouter()
 
     @router.post("/generate", response_model=None)
+    @documented(record({"text": array(TEXT)}), body=GenerateBody, stream=JSON_LINES.media_type)
     async def generate(request: Request) -> Response:
         """Completes a prompt."""
         body = await read_json(request, GenerateBody)
         model = body.model or catalog.only_plain()
-        ask, graph = await open_ask(request, serving, model, lambda tenant: [body.request(tenant)])
-        rendering = GenerateRendering(body.prompt, ask.requests[0].n)
+        graph = await graph_of(request, serving, model)
+        wanted = body.request(principal_of(request).tenant)
+        ask = ask_of(request, graph, [wanted])
+        rendering = GenerateRendering(body.prompt, wanted.n)
         return InferenceResponse(serving.run(ask, graph), rendering, ask.account, stream=bool(body.stream))
 
     return router

@@ -49,9 +49,9 @@ class Serving:
         """What answers under that name for the sender; raises NOT_FOUND."""
         return await self._catalog.graph(name, principal.tenant)
 
-    async def count_tokens(self, principal: Principal, name: str, chat: Chat, deadline: Deadline) -> int:
-        """How many tokens a chat is, without running it; raises NOT_FOUND."""
-        return await self._catalog.count_tokens(await self.graph(principal, name), chat, deadline)
+    async def count_tokens(self, graph: Graph, chat: Chat, deadline: Deadline) -> int:
+        """How many tokens a chat is to the graph's model, without running it."""
+        return await self._catalog.count_tokens(graph, chat, deadline)
 
     @asynccontextmanager
     async def hold(self, ask: Ask) -> AsyncIterator[None]:
