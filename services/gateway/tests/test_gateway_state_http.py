@@ -6,24 +6,30 @@ from fastapi import FastAPI
 
 from chassis.errors import Code, PlatformError
 from gateway.api import errors
-from gateway.api.http_admin import admin_router
+from gateway.api.http_admin_audit import audit_router
+from gateway.api.http_admin_keys import keys_router
+from gateway.api.http_admin_tenants import tenants_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_jobs import jobs_router
 from gateway.api.http_later import later_router
 from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
+from gateway.api.http_usage import usage_router
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, RateLimit
 from gateway.backends import events
 from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
 from gateway.backends.sqlite import Database
+from gateway.backends.sqlite_audit import SqliteAudit
 from gateway.backends.sqlite_documents import SqliteDocuments
 from gateway.backends.sqlite_jobs import SqliteJobs
 from gateway.backends.sqlite_keys import SqliteKeys
-from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
+from gateway.backends.sqlite_prices import SqlitePrices
 from gateway.backends.sqlite_schema import MIGRATIONS
+from gateway.backends.sqlite_usage import SqliteUsage
+from gateway.core.administration import Administration, NewKey
 from gateway.core.documents import Indexed, Library
 from gateway.core.finetuning import TunedModel
 from gateway.core.jobs import JobStatus, Report
@@ -103,16 +109,20 @@ async def gateway(tmp_path):
     control = BusControl(bus)
     files = DirectoryFiles(tmp_path / "files")
     library = Library(files, documents, jobs, retriever, control, events.ingest_job)
-    keys = KeyRing(SqliteKeys(database), b"pepper", control)
-    await keys.bootstrap(ADMIN_KEY, "admin", is_admin=True, allows_text=False)
-    _, key = await keys.create("acme", requests_per_minute=None)
+    keys = KeyRing(SqliteKeys(database), b"pepper")
+    administration = Administration(SqliteKeys(database), b"pepper", keys, control)
+    await administration.configure_key(ADMIN_KEY, "admin", is_admin=True, allows_text=False)
+    _, key = await administration.create_key("test", NewKey("acme"))
     routes = FastAPI(redirect_slashes=False)
     errors.install(routes)
     for router in (
         documents_router(library, max_upload_bytes=MAX_UPLOAD_BYTES),
         jobs_router(jobs, control),
         search_router(retriever),
-        admin_router(keys, SqliteLedger(database, outbox, events.request_completed)),
+        usage_router(SqliteUsage(database), SqlitePrices(database)),
+        keys_router(administration),
+        tenants_router(administration),
+        audit_router(SqliteAudit(database)),
         monitor_router(monitor, FakeTuned()),
         later_router(),
     ):
@@ -440,7 +450,15 @@ async def test_key_of_nulls_is_a_key_of_defaults(gateway):
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/admin/keys"), ("GET", "/admin/keys"), ("DELETE", "/admin/keys/x"), ("GET", "/admin/usage")],
+    [
+        ("POST", "/admin/keys"),
+        ("GET", "/admin/keys"),
+        ("DELETE", "/admin/keys/x"),
+        ("GET", "/admin/usage"),
+        ("GET", "/admin/usage/rows"),
+        ("GET", "/admin/prices"),
+        ("PUT", "/admin/prices"),
+    ],
 )
 async def test_admin_routes_need_an_admin_key(gateway, method, path):
     refused(await gateway.send(method, path, json={}), 403)

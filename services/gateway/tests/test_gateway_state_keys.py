@@ -1,6 +1,8 @@
-"""Access keys: who gets in, who does not, and how fast a revocation works."""
+"""Access keys: who gets in, who does not, and how fast a change works."""
 
 import asyncio
+import hmac
+from dataclasses import replace
 
 import pytest
 
@@ -8,18 +10,27 @@ from chassis.errors import Code, PlatformError
 from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_schema import MIGRATIONS
-from gateway.core.keys import KeyRing
+from gateway.core.administration import Administration, NewKey
+from gateway.core.keys import KeyRing, TenantRow
+from gateway.core.policy import Policy
 from testkit.clock import FakeClock
 
 BOOTSTRAP = "sk-boot-0123456789abcdef-_x"
+PEPPER = b"pepper"
 
 
 class Announcer:
+    """The bus: tells the rings that listen, unless it is down."""
+
     def __init__(self):
         self.said = []
+        self.rings = []
+        self.is_down = False
 
-    async def keys_revoked(self, key_ids):
-        self.said += key_ids
+    async def access_changed(self, *, key_ids, tenants):
+        self.said.append((key_ids, tenants))
+        for ring in () if self.is_down else self.rings:
+            ring.forget(key_ids, tenants)
 
 
 class CountingStore(SqliteKeys):
@@ -53,82 +64,193 @@ def announcer():
 
 
 @pytest.fixture
-def ring(store, announcer, clock):
-    return KeyRing(store, b"pepper", announcer, clock=clock, max_cached=100)
+def unix():
+    return FakeClock(1_700_000_000.0)
+
+
+@pytest.fixture
+def ring(store, clock, unix):
+    return KeyRing(store, PEPPER, clock=clock, now=unix, max_cached=100)
+
+
+@pytest.fixture
+def office(store, ring, announcer, unix):
+    return Administration(store, PEPPER, ring, announcer, now=unix)
 
 
 async def refused(ring, key):
     with pytest.raises(PlatformError) as error:
         await ring.authenticate(key)
-    return error.value.code, error.value.message, error.value.reason
+    return error.value.code, error.value.message, error.value.reason, error.value.param, error.value.retry_after_s
 
 
-async def test_created_key_names_its_owner(ring):
-    key_id, key = await ring.create("acme", requests_per_minute=7)
+async def test_created_key_names_its_owner(ring, office):
+    wanted = NewKey("acme", requests_per_minute=7, policy=Policy(models=frozenset({"rag"})))
+    key_id, key = await office.create_key("test", wanted)
     principal = await ring.authenticate(key)
     assert (principal.key_id, principal.tenant, principal.requests_per_minute) == (key_id, "acme", 7)
     assert not principal.is_admin and not principal.allows_text
+    assert principal.may_ask("rag") and not principal.may_ask("other")
 
 
-async def test_every_wrong_key_gets_the_same_answer(ring):
-    key_id, key = await ring.create("acme", requests_per_minute=None)
-    _, revoked = await ring.create("acme", requests_per_minute=None)
-    await ring.revoke(revoked.split("-")[1])
-    wrong = [
-        "",
-        "sk-",
-        "Bearer x",
-        f"sk-{key_id}-",
-        f"sk-{key_id}-short",
-        f"sk-{key_id}-" + "x" * 43,
-        "sk-nobody-" + "x" * 43,
-        key + "\n",
-        key[:-1] + "\u0000",
-        key.upper(),
-        "sk-" + "a" * 70_000,
-        "sk-ключ-" + "x" * 43,
-        revoked,
-    ]
-    answers = {await refused(ring, text) for text in wrong}
+async def refused_keys(office, unix):
+    """One of every kind that must not get in, by what is wrong with it."""
+    key_id, key = await office.create_key("test", NewKey("acme"))
+    revoked_id, revoked = await office.create_key("test", NewKey("acme"))
+    await office.revoke_key("test", revoked_id)
+    _, expired = await office.create_key("test", NewKey("acme", expires_unix_s=int(unix()) + 5))
+    _, disabled = await office.create_key("test", NewKey("gone"))
+    await office.put_tenant("test", TenantRow("gone", disabled_unix_s=1))
+    rotated_id, rotated = await office.create_key("test", NewKey("acme"))
+    await office.rotate_key("test", rotated_id, overlap_s=5)
+    unix.advance(5)
+    return {
+        "unknown": "sk-nobody-" + "x" * 43,
+        "wrong": f"sk-{key_id}-" + "x" * 43,
+        "wrong by one": key[:-1] + ("A" if key[-1] != "A" else "B"),
+        "revoked": revoked,
+        "expired": expired,
+        "of a disabled tenant": disabled,
+        "rotated away": rotated,
+        "revoked and wrong": f"sk-{revoked_id}-" + "x" * 43,
+    }
+
+
+MALFORMED = [
+    "",
+    "sk-",
+    "Bearer x",
+    "sk-a-",
+    "sk-a-short",
+    "sk-a-" + "x" * 43 + "\n",
+    "sk-a-" + "x" * 42 + "\0",
+    "SK-A-" + "x" * 43,
+    "sk-" + "a" * 70_000,
+    "sk-ключ-" + "x" * 43,
+    "sk-../../etc/passwd-" + "x" * 43,
+    "sk-a' OR '1'='1-" + "x" * 43,
+]
+
+
+async def test_every_key_that_lets_nobody_in_gets_the_same_answer(ring, office, unix):
+    kinds = await refused_keys(office, unix)
+    answers = {await refused(ring, key) for key in [*kinds.values(), *MALFORMED]}
     assert len(answers) == 1 and answers.pop()[0] is Code.UNAUTHENTICATED
 
 
-async def test_stored_hash_is_no_key(ring, database):
-    key_id, key = await ring.create("acme", requests_per_minute=None)
-    row = await database.read(lambda c: c.execute("SELECT * FROM keys").fetchone())
-    assert key.split("-", 2)[2] not in str(row)
-    await refused(ring, f"sk-{key_id}-{row[2].hex()}")
+async def test_every_well_formed_key_is_judged_by_the_same_steps(ring, office, unix, monkeypatch):
+    """Time tells them apart as little as the answer: what is computed is the same, and compared in constant time."""
+    kinds = await refused_keys(office, unix)
+    _, kinds["right"] = await office.create_key("test", NewKey("acme"))
+    steps = []
+    digest, compare = hmac.digest, hmac.compare_digest
+
+    def watched_digest(pepper, secret, name):
+        steps.append(("digest", name))
+        return digest(pepper, secret, name)
+
+    def watched_compare(one, other):
+        steps.append(("compare", len(one), len(other)))
+        return compare(one, other)
+
+    monkeypatch.setattr(hmac, "digest", watched_digest)
+    monkeypatch.setattr(hmac, "compare_digest", watched_compare)
+    seen = {}
+    for kind, key in kinds.items():
+        steps.clear()
+        if kind == "right":
+            await ring.authenticate(key)
+        else:
+            await refused(ring, key)
+        seen[kind] = tuple(steps)
+    assert set(seen.values()) == {(("digest", "sha256"), ("compare", 32, 32), ("compare", 32, 32))}, seen
 
 
-async def test_other_pepper_opens_nothing(ring, store, announcer):
-    _, key = await ring.create("acme", requests_per_minute=None)
-    await refused(KeyRing(store, b"other", announcer), key)
+async def test_stored_hash_is_no_key(ring, office, database):
+    key_id, key = await office.create_key("test", NewKey("acme"))
+    await office.rotate_key("test", key_id, overlap_s=60)
+    rows = await database.read(lambda c: c.execute("SELECT * FROM keys").fetchall())
+    assert key.split("-", 2)[2] not in str(rows)
+    for kept in [value for value in rows[0] if isinstance(value, bytes)]:
+        await refused(ring, f"sk-{key_id}-{kept.hex()}")
 
 
-async def test_revoked_key_is_refused_at_once_and_announced(ring, announcer):
-    key_id, key = await ring.create("acme", requests_per_minute=None)
+async def test_other_pepper_opens_nothing(office, store):
+    _, key = await office.create_key("test", NewKey("acme"))
+    await refused(KeyRing(store, b"other"), key)
+
+
+async def test_a_key_expires_while_it_is_cached(ring, office, unix):
+    _, key = await office.create_key("test", NewKey("acme", expires_unix_s=int(unix()) + 10))
+    unix.advance(9.9)
     await ring.authenticate(key)
-    await ring.revoke(key_id)
+    unix.advance(0.1)
     await refused(ring, key)
-    assert announcer.said == [key_id]
 
 
-async def test_revocation_elsewhere_works_within_a_second_or_on_hearing_of_it(ring, store, announcer, clock):
-    other = KeyRing(store, b"pepper", announcer, clock=clock)
-    key_id, key = await ring.create("acme", requests_per_minute=None)
-    second_id, second = await ring.create("acme", requests_per_minute=None)
-    await other.authenticate(key)
-    await other.authenticate(second)
-    await ring.revoke(key_id)
-    await ring.revoke(second_id)
-    other.forget([key_id])
-    await refused(other, key)
-    clock.advance(1.0)
-    await refused(other, second)
+async def test_both_secrets_work_until_the_overlap_ends(ring, office, unix):
+    key_id, old = await office.create_key("test", NewKey("acme", requests_per_minute=7, name="ci"))
+    new, _ = await office.rotate_key("test", key_id, overlap_s=60)
+    assert await ring.authenticate(old) == await ring.authenticate(new)
+    unix.advance(59.9)
+    await ring.authenticate(old)
+    unix.advance(0.1)
+    await refused(ring, old)
+    principal = await ring.authenticate(new)
+    assert (principal.key_id, principal.requests_per_minute) == (key_id, 7)
+    assert (await office.key(key_id)).name == "ci"
 
 
-async def test_revocation_during_a_lookup_is_not_cached_over(ring, store, announcer, clock):
-    key_id, key = await ring.create("acme", requests_per_minute=None)
+async def test_a_rotation_without_overlap_ends_the_old_secret_at_once(ring, office):
+    key_id, old = await office.create_key("test", NewKey("acme"))
+    await ring.authenticate(old)
+    new, _ = await office.rotate_key("test", key_id, overlap_s=0)
+    await refused(ring, old)
+    await ring.authenticate(new)
+
+
+async def test_a_second_rotation_leaves_two_secrets_and_not_three(ring, office):
+    key_id, first = await office.create_key("test", NewKey("acme"))
+    second, _ = await office.rotate_key("test", key_id, overlap_s=60)
+    third, _ = await office.rotate_key("test", key_id, overlap_s=60)
+    await refused(ring, first)
+    await ring.authenticate(second)
+    await ring.authenticate(third)
+
+
+async def change_all(office, ids):
+    """Every change that takes something away; returns what must be refused or narrowed after it."""
+    await office.revoke_key("test", ids["revoked"])
+    await office.rotate_key("test", ids["rotated"], overlap_s=0)
+    await office.change_key("test", ids["narrowed"], lambda row: replace(row, policy=Policy(models=frozenset())))
+    await office.put_tenant("test", TenantRow("narrow", policy=Policy(scopes=frozenset())))
+    await office.put_tenant("test", TenantRow("ended", disabled_unix_s=1))
+
+
+@pytest.mark.parametrize("is_bus_down", [False, True])
+async def test_a_change_is_seen_by_another_worker_within_a_second(ring, office, store, announcer, clock, is_bus_down):
+    other = KeyRing(store, PEPPER, clock=clock)
+    announcer.rings, announcer.is_down = [other], is_bus_down
+    tenants = {"revoked": "acme", "rotated": "acme", "narrowed": "acme", "of narrow": "narrow", "of ended": "ended"}
+    made = {kind: await office.create_key("test", NewKey(tenant)) for kind, tenant in tenants.items()}
+    keys = {kind: key for kind, (_, key) in made.items()}
+    for key in keys.values():
+        await other.authenticate(key)
+    await other.tenant("ended")
+    await change_all(office, {kind: key_id for kind, (key_id, _) in made.items()})
+    if is_bus_down:
+        for key in keys.values():
+            await other.authenticate(key)  # it has not heard yet
+        clock.advance(1.0)
+    for kind in ("revoked", "rotated", "of ended"):
+        await refused(other, keys[kind])
+    assert not (await other.authenticate(keys["narrowed"])).may_ask("rag")
+    assert not (await other.authenticate(keys["of narrow"])).has_scope("inference")
+    assert (await other.tenant("ended")).disabled_unix_s == 1
+
+
+async def test_revocation_during_a_lookup_is_not_cached_over(office, store, announcer, clock):
+    key_id, key = await office.create_key("test", NewKey("acme"))
     read, go_on = asyncio.Event(), asyncio.Event()
 
     class SlowStore(CountingStore):
@@ -138,17 +260,18 @@ async def test_revocation_during_a_lookup_is_not_cached_over(ring, store, announ
             await go_on.wait()
             return row
 
-    slow = KeyRing(SlowStore(store._database), b"pepper", announcer, clock=clock)
+    slow = KeyRing(SlowStore(store._database), PEPPER, clock=clock)
+    announcer.rings = [slow]
     lookup = asyncio.create_task(slow.authenticate(key))
     await read.wait()
-    await slow.revoke(key_id)
+    await office.revoke_key("test", key_id)
     go_on.set()
     await lookup  # had read before the revocation: this one may pass
     await refused(slow, key)
 
 
-async def test_many_requests_with_one_key_read_the_store_once(ring, store):
-    _, key = await ring.create("acme", requests_per_minute=None)
+async def test_many_requests_with_one_key_read_the_store_once(ring, office, store):
+    _, key = await office.create_key("test", NewKey("acme"))
     await asyncio.gather(*(ring.authenticate(key) for _ in range(200)))
     assert store.num_finds == 1
 
@@ -156,41 +279,88 @@ async def test_many_requests_with_one_key_read_the_store_once(ring, store):
 async def test_unknown_keys_do_not_fill_the_memory(ring):
     for i in range(300):
         await refused(ring, f"sk-unknown{i}-" + "x" * 43)
-    assert len(ring._cache) <= 100
+    assert len(ring._keys) <= 100
 
 
-async def test_bootstrap_key_is_upserted_and_may_hold_dashes(ring):
+async def test_a_configured_key_is_upserted_and_may_hold_dashes(ring, office):
     for _ in range(2):
-        await ring.bootstrap(BOOTSTRAP, "default", is_admin=False, allows_text=True)
+        await office.configure_key(BOOTSTRAP, "default", is_admin=False, allows_text=True)
     principal = await ring.authenticate(BOOTSTRAP)
     assert principal.tenant == "default" and principal.allows_text and principal.requests_per_minute is None
     # A key that is created later does not change what the tenant allows.
-    _, key = await ring.create("default", requests_per_minute=None)
+    _, key = await office.create_key("test", NewKey("default"))
     assert (await ring.authenticate(key)).allows_text
 
 
-async def test_revoked_bootstrap_key_stays_revoked_until_its_secret_changes(ring):
-    await ring.bootstrap(BOOTSTRAP, "default", is_admin=True, allows_text=False)
-    await ring.revoke("boot")
-    await ring.bootstrap(BOOTSTRAP, "default", is_admin=True, allows_text=False)
+async def test_what_an_admin_says_of_a_tenant_outlives_a_restart(ring, office):
+    await office.configure_key(BOOTSTRAP, "default", is_admin=False, allows_text=True)
+    await office.put_tenant("test", TenantRow("default", allows_text=False, policy=Policy(priority=3)))
+    await office.configure_key(BOOTSTRAP, "default", is_admin=False, allows_text=True)
+    principal = await ring.authenticate(BOOTSTRAP)
+    assert not principal.allows_text and principal.tenant_policy.priority == 3
+
+
+async def test_a_revoked_configured_key_stays_revoked_until_its_secret_changes(ring, office):
+    await office.configure_key(BOOTSTRAP, "default", is_admin=True, allows_text=False)
+    await office.revoke_key("test", "boot")
+    await office.configure_key(BOOTSTRAP, "default", is_admin=True, allows_text=False)
     await refused(ring, BOOTSTRAP)
-    await ring.bootstrap(BOOTSTRAP + "2", "default", is_admin=True, allows_text=False)
+    await office.configure_key(BOOTSTRAP + "2", "default", is_admin=True, allows_text=False)
     assert (await ring.authenticate(BOOTSTRAP + "2")).is_admin
 
 
-async def test_malformed_bootstrap_key_is_refused_without_being_shown(ring):
+async def test_a_configured_key_is_changed_in_the_configuration_only(office):
+    await office.configure_key(BOOTSTRAP, "default", is_admin=True, allows_text=False)
+    for change in (
+        office.rotate_key("test", "boot", overlap_s=0),
+        office.change_key("test", "boot", lambda row: replace(row, is_admin=False)),
+    ):
+        with pytest.raises(PlatformError) as error:
+            await change
+        assert error.value.reason == "key_is_configured"
+
+
+async def test_malformed_configured_key_is_refused_without_being_shown(office):
     with pytest.raises(PlatformError) as error:
-        await ring.bootstrap("hunter2-hunter2", "default", is_admin=False, allows_text=False)
+        await office.configure_key("hunter2-hunter2", "default", is_admin=False, allows_text=False)
     assert error.value.code is Code.INVALID_ARGUMENT and "hunter2" not in error.value.message
 
 
-async def test_unknown_key_cannot_be_revoked(ring):
+async def test_unknown_and_revoked_keys_cannot_be_changed(office):
+    key_id, _ = await office.create_key("test", NewKey("acme"))
+    await office.revoke_key("test", key_id)
+    await office.revoke_key("test", key_id)  # twice is harmless
+    for name, code in (("nobody", Code.NOT_FOUND), (key_id, Code.FAILED_PRECONDITION)):
+        for change in (
+            office.rotate_key("test", name, overlap_s=0),
+            office.change_key("test", name, lambda row: replace(row, name="x")),
+        ):
+            with pytest.raises(PlatformError) as error:
+                await change
+            assert error.value.code is code
     with pytest.raises(PlatformError) as error:
-        await ring.revoke("nobody")
+        await office.revoke_key("test", "nobody")
     assert error.value.code is Code.NOT_FOUND
 
 
-async def test_keys_are_listed_without_secrets(ring):
-    key_id, key = await ring.create("acme", requests_per_minute=3)
-    (row,) = await ring.all()
-    assert row.key_id == key_id and "secret" not in repr(row) and key not in repr(row)
+async def test_keys_are_listed_without_secrets(office):
+    key_id, key = await office.create_key("test", NewKey("acme", requests_per_minute=3))
+    (row,) = await office.keys()
+    assert (
+        row.key_id == key_id and "secret" not in repr(row) and "former_hmac" not in repr(row) and key not in repr(row)
+    )
+
+
+async def test_a_job_works_for_its_key_and_tenant_even_when_the_key_is_revoked(ring, office):
+    key_id, _ = await office.create_key("test", NewKey("acme", is_admin=True, policy=Policy(models=frozenset({"rag"}))))
+    await office.put_tenant("test", TenantRow("acme", allows_text=True, policy=Policy(priority=2)))
+    await office.revoke_key("test", key_id)
+    principal = await ring.principal(key_id, "acme")
+    assert (principal.may_ask("rag"), principal.may_ask("x"), principal.tenant_policy.priority) == (True, False, 2)
+    assert not principal.is_admin and not principal.allows_text
+    # A key of another tenant's says nothing here.
+    assert (await ring.principal(key_id, "other")).may_ask("x")
+    await office.put_tenant("test", TenantRow("acme", disabled_unix_s=1))
+    with pytest.raises(PlatformError) as error:
+        await ring.principal(key_id, "acme")
+    assert error.value.reason == "tenant_disabled"

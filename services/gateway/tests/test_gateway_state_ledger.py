@@ -19,9 +19,12 @@ from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
 from gateway.backends.sqlite_schema import MIGRATIONS
+from gateway.backends.sqlite_usage import SqliteUsage
+from gateway.core.audit import Change
 from gateway.core.keys import KeyRow
 from gateway.core.outbox import Message
 from gateway.core.ports import RequestRecord
+from gateway.core.usage_reports import TOTALS, Selection
 from testkit.waiting import eventually
 
 
@@ -129,8 +132,8 @@ async def test_grounded_false_is_told_apart_from_absent(ledger, outbox):
 @pytest.mark.parametrize(("allows", "seen"), [(True, ("in", "out")), (False, ("", "")), (None, ("", ""))])
 async def test_text_leaves_only_where_the_tenant_allows_it(ledger, outbox, database, allows, seen):
     if allows is not None:
-        row = KeyRow("k1", "acme", b"h" * 32, False, None, 0)
-        await SqliteKeys(database).put(row, tenant_allows_text=allows)
+        row, change = KeyRow("k1", "acme", b"h" * 32, False, None, 0, allows_text=allows), Change("", "", "", {})
+        await SqliteKeys(database).revise_key("k1", lambda _: (row, change))
     await ledger.record(record(prompt_text="in", completion_text="out"))
     (pending,) = await outbox.unpublished(10)
     event = events_pb2.RequestCompleted.FromString(pending.message.payload)
@@ -167,7 +170,7 @@ def test_totals_are_the_sums_of_rows_and_of_records(tmp_path_factory, batch):
         database = await Database.open(tmp_path_factory.mktemp("ledger") / "gateway.db", MIGRATIONS)
         ledger = SqliteLedger(database, SqliteOutbox(database), events.request_completed)
         await asyncio.gather(*(ledger.record(entry) for entry in batch))
-        totals = await ledger.totals()
+        totals = await SqliteUsage(database).sums(TOTALS, Selection())
         rows = await database.read(lambda c: c.execute(ROWS).fetchall())
         await database.close()
         return totals, rows
@@ -180,7 +183,7 @@ def test_totals_are_the_sums_of_rows_and_of_records(tmp_path_factory, batch):
             (1, bool(entry.error_code), entry.prompt_tokens, entry.completion_tokens, entry.cached_tokens)
         ):
             sums[i] += value
-    assert {tuple(t.values())[:3]: list(t.values())[3:] for t in totals} == expected
+    assert {tuple(t.values())[:3]: list(t.values())[3:8] for t in totals} == expected
     assert {row[:3]: list(row[3:]) for row in rows} == expected
 
 
@@ -199,6 +202,7 @@ from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
 from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.core.ports import RequestRecord
+from gateway.core.usage_reports import TOTALS, Selection
 
 async def main():
     database = await Database.open(Path(sys.argv[1]), MIGRATIONS)
@@ -227,9 +231,8 @@ async def test_kill_9_keeps_ledger_totals_and_outbox_equal(tmp_path):
         answered += [int(line) for line in rest if line.endswith(b"\n")]
         await process.wait()
     database = await Database.open(path, MIGRATIONS)
-    outbox = SqliteOutbox(database)
     tokens = await database.read(lambda c: [t for (t,) in c.execute("SELECT prompt_tokens FROM usage")])
-    (total,) = await SqliteLedger(database, outbox, events.request_completed).totals()
+    (total,) = await SqliteUsage(database).sums(TOTALS, Selection())
     published = await database.read(lambda c: [p for (p,) in c.execute("SELECT payload FROM outbox")])
     events_tokens = [events_pb2.RequestCompleted.FromString(p).usage.prompt_tokens for p in published]
     # At least what was answered; at most one unanswered write for each of the twenty writers of the two runs.

@@ -23,6 +23,7 @@ from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, RateLimit
 from gateway.backends.embedder import GrpcEmbedder
 from gateway.backends.generator import GrpcGenerator
+from gateway.backends.generator_usage import GeneratorUsage
 from gateway.backends.graph_files import Services, assemble, read_graphs
 from gateway.backends.retriever import GrpcRetriever
 from gateway.core.ports import RequestRecord
@@ -98,10 +99,13 @@ async def running(data_dir, nats_url, valkey_url):
         peers = rpc.make_server("peers")
         retriever_pb2_grpc.add_RetrieverServiceServicer_to_server(retriever, peers)
         monitor_pb2_grpc.add_MonitorServiceServicer_to_server(Monitor(), peers)
-        channel = await stack.enter_async_context(rpc.connect(await _served(stack, peers)))
+        address = await _served(stack, peers)
+        channel = await stack.enter_async_context(rpc.connect(address))
         bus = NatsBus.connect(nats_url, "gateway", subjects.STREAMS)
         stack.push_async_callback(bus.close)
         generator, embedder = GrpcGenerator(channel), GrpcEmbedder(channel)
+        usages = GeneratorUsage(address)
+        stack.push_async_callback(usages.close)
         services = Services(generator, embedder, GrpcRetriever(channel), telemetry.tracer().start_as_current_span)
         state = await open_state(
             data_dir=data_dir,
@@ -114,7 +118,7 @@ async def running(data_dir, nats_url, valkey_url):
             request_timeout_s=30,
             bus=bus,
             graphs=assemble(read_graphs(GRAPHS_DIR), services),
-            peers=Peers(generator, embedder, channel, channel, channel, channel),
+            peers=Peers(generator, usages, embedder, channel, channel, channel, channel),
         )
         stack.push_async_callback(state.close)
         own = rpc.make_server("gateway")
@@ -146,7 +150,7 @@ async def _stopped(tasks):
     for task in tasks:
         task.cancel()
     done = await asyncio.gather(*tasks, return_exceptions=True)
-    assert all(isinstance(d, asyncio.CancelledError) for d in done), done
+    assert all(d is None or isinstance(d, asyncio.CancelledError) for d in done), done
 
 
 class Worker:
@@ -313,6 +317,7 @@ async def test_state_opens_and_serves_while_everything_else_is_away(tmp_path):
             "prompt_tokens": 3,
             "completion_tokens": 2,
             "cached_tokens": 1,
+            "cost_micros": 0,
         }
 
 

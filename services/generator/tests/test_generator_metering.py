@@ -33,6 +33,7 @@ STEP = StepReport(
     num_drafts=6,
     num_accepted=4,
     num_sampled=12,
+    num_entered=11,
     schedule_s=0.0002,
     forward_s=0.03,
     sample_s=0.004,
@@ -65,7 +66,7 @@ def test_a_step_is_told_by_its_parts_and_its_tokens(meter: EngineMeter) -> None:
         "pressroom_step_seconds_sum": ({"part": "forward"}, 0.03),
         "pressroom_step_seconds_count": ({"part": "sample"}, 1),
         "pressroom_batch_sequences_sum": ({}, 8),
-        "pressroom_engine_tokens_total": ({"kind": "completion"}, 12),
+        "pressroom_engine_tokens_total": ({"kind": "completion"}, 11),
         "pressroom_draft_tokens_total": ({"outcome": "rejected"}, 2),
     }
     before = {name: _value(name, **labels) for name, (labels, _) in names.items()}

@@ -27,7 +27,7 @@ PREFIX_QUERY_TOKENS = Counter(
 PREFIX_HIT_TOKENS = Counter("pressroom_prefix_hit_tokens", "Prompt tokens found in the prefix cache.", ["service"])
 ENGINE_TOKENS = Counter(
     "pressroom_engine_tokens",
-    "Tokens at the step that computed them: prompt or completion.",
+    "Tokens at the step that computed them: prompt (what was computed, again after a preemption) or completion.",
     ["service", "kind"],
 )
 STEP_SECONDS = Histogram(

@@ -13,7 +13,9 @@ from contracts.subjects import STREAMS
 from gateway.api.http import Limits, make_app
 from gateway.backends.embedder import GrpcEmbedder
 from gateway.backends.generator import GrpcGenerator
+from gateway.backends.generator_usage import GeneratorUsage
 from gateway.backends.graph_files import Declaration, Services, assemble, read_graphs
+from gateway.backends.oidc import OidcVerifier, PublicKeySet, Trust, public_keys, reads_file, reads_url
 from gateway.backends.retriever import GrpcRetriever
 from gateway.core.graph import GraphError, Sequenced
 from gateway.settings import GatewaySettings
@@ -50,8 +52,11 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
 
 
 def _open_peers(app: App, settings: GatewaySettings) -> Peers:
+    usages = GeneratorUsage(settings.generator_addr)
+    app.on_close(usages.close)
     return Peers(
         generator=GrpcGenerator(_open_channel(app, settings.generator_addr)),
+        usages=usages,
         embedder=GrpcEmbedder(_open_channel(app, settings.embedder_addr)),
         retriever=_open_channel(app, settings.retriever_addr),
         trainer=_open_channel(app, settings.trainer_addr),
@@ -86,6 +91,7 @@ async def _open_state(
         bus=bus,
         graphs=graphs,
         peers=peers,
+        oidc=_oidc(settings),
     )
     app.on_close(state.close)
     for add_to_server, servicer, name in state.servicers:
@@ -93,6 +99,24 @@ async def _open_state(
     for name, run in state.tasks:
         app.spawn(name, run())
     return state
+
+
+def _oidc(settings: GatewaySettings) -> OidcVerifier | None:
+    if settings.oidc_issuer is None or settings.oidc_audience is None:
+        return None
+    if settings.oidc_jwks_file is not None:
+        read = reads_file(settings.oidc_jwks_file)
+    else:
+        assert settings.oidc_jwks_url is not None, "the settings have checked it"
+        read = reads_url(settings.oidc_jwks_url)
+    trust = Trust(
+        settings.oidc_issuer,
+        settings.oidc_audience,
+        settings.oidc_tenant_claim,
+        settings.oidc_scopes_claim,
+        settings.oidc_models_claim,
+    )
+    return OidcVerifier(trust, PublicKeySet(read))
 
 
 def main() -> int:
@@ -103,6 +127,12 @@ def main() -> int:
     except GraphError as error:
         print(f"bad configuration: graph {error}. Mend it in GATEWAY_GRAPHS_DIR", file=sys.stderr)
         return EXIT_BAD_CONFIGURATION
+    if settings.oidc_jwks_file is not None:
+        try:
+            public_keys(settings.oidc_jwks_file.read_bytes())
+        except (OSError, ValueError) as error:
+            print(f"bad configuration: GATEWAY_OIDC_JWKS_FILE: {error}. Name a JWKS file", file=sys.stderr)
+            return EXIT_BAD_CONFIGURATION
 
     async def setup(app: App) -> None:
         await compose(app, settings, declarations)

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 
 from chassis.settings import ServiceSettings, settings_config
 
 _ADDRESS = r"^[^\s:/]+:\d{1,5}$"
+_JWKS_URL = r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])"
 _GRAPHS_DIR = Path(__file__).with_name("graphs")
 
 
@@ -35,3 +36,32 @@ class GatewaySettings(ServiceSettings):
     max_tenant_upload_bytes: int = Field(
         4 * 1024**3, ge=1024, description="Most bytes that one tenant may keep in /v1/files."
     )
+    oidc_audience: str | None = Field(None, min_length=1, description="The aud that tokens (JWT) must have.")
+    oidc_jwks_file: Path | None = Field(None, description="File with the issuer's public keys (JWKS).")
+    oidc_jwks_url: str | None = Field(
+        None, pattern=_JWKS_URL, description="URL of the issuer's public keys: https, or http on this machine."
+    )
+    oidc_tenant_claim: str = Field("tenant", min_length=1, description="Claim of a token that names its tenant.")
+    oidc_scopes_claim: str | None = Field(
+        None, min_length=1, description="Claim that lists a token's scopes; without it the tenant's hold."
+    )
+    oidc_models_claim: str | None = Field(
+        None, min_length=1, description="Claim that lists a token's models; without it the tenant's hold."
+    )
+    # The last of them: its check sees the others.
+    oidc_issuer: str | None = Field(
+        None,
+        min_length=1,
+        validate_default=True,
+        description="The iss that tokens must have; without it none are taken.",
+    )
+
+    @field_validator("oidc_issuer")
+    @classmethod
+    def _is_complete(cls, issuer: str | None, info: ValidationInfo) -> str | None:
+        audience, file, url = (info.data.get(f"oidc_{name}") for name in ("audience", "jwks_file", "jwks_url"))
+        if issuer is None and (audience or file or url):
+            raise ValueError("GATEWAY_OIDC_ settings are there, and this one is not")
+        if issuer is not None and (not audience or (file is None) == (url is None)):
+            raise ValueError("needs GATEWAY_OIDC_AUDIENCE, and GATEWAY_OIDC_JWKS_FILE or GATEWAY_OIDC_JWKS_URL")
+        return issuer

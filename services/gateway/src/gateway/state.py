@@ -6,6 +6,7 @@ main.py calls open_state once and adds what comes back to the app; it knows noth
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +19,54 @@ from contracts.names import DEFAULT_TENANT
 from gateway.api.consumers import JobConsumer, RevocationListener
 from gateway.api.grpc_files import FileServicer
 from gateway.api.grpc_graphs import GraphServicer
-from gateway.api.http_admin import admin_router
+from gateway.api.http_admin_audit import audit_router
+from gateway.api.http_admin_keys import keys_router
+from gateway.api.http_admin_tenants import tenants_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
 from gateway.api.http_later import later_router
 from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
-from gateway.api.middleware_account import Recorder
+from gateway.api.http_usage import usage_router
 from gateway.api.openai_files import files_router
 from gateway.api.openai_finetuning import finetuning_router
 from gateway.api.relay import Relay
+from gateway.api.settlement import Recorder
 from gateway.backends import events
 from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
 from gateway.backends.evaluator_tasks import EvaluatorTasks
 from gateway.backends.monitor_profiles import MonitorProfiles
+from gateway.backends.oidc import OidcVerifier
 from gateway.backends.retriever_documents import RetrieverDocuments
 from gateway.backends.sqlite import Database
+from gateway.backends.sqlite_audit import SqliteAudit
 from gateway.backends.sqlite_documents import SqliteDocuments
 from gateway.backends.sqlite_finetuning import SqliteEvaluations, SqliteFinetunes
 from gateway.backends.sqlite_jobs import SqliteJobs
 from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
+from gateway.backends.sqlite_prices import SqlitePrices
 from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.backends.sqlite_uploads import SqliteUploads
+from gateway.backends.sqlite_usage import SqliteUsage
 from gateway.backends.trainer_runs import TrainerRuns
 from gateway.backends.valkey_limits import ValkeyLimiter
+from gateway.core.administration import Administration
 from gateway.core.catalog import Catalog
 from gateway.core.documents import Library
 from gateway.core.evaluations import Evaluations
 from gateway.core.finetuning import Finetuning
 from gateway.core.graph import Sequenced
 from gateway.core.keys import KeyRing
+from gateway.core.ledger import FinalUsages, StartRecords, recover
 from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.services import Embedder, Generator
 from gateway.core.serving import Serving
+from gateway.core.sizes import RequestSizes
+from gateway.core.tokens import Credentials, Tokens
 from gateway.core.uploads import Uploads
 
 ADMIN_TENANT = "admin"
@@ -65,6 +77,7 @@ class Peers:
     """The services that the state calls; each may be away. The channels belong to the caller."""
 
     generator: Generator
+    usages: FinalUsages  # the generator's book of usage
     embedder: Embedder
     retriever: grpc.aio.Channel
     trainer: grpc.aio.Channel
@@ -107,6 +120,7 @@ async def open_state(
     bus: Bus,
     graphs: Mapping[str, Sequenced],
     peers: Peers,
+    oidc: OidcVerifier | None = None,
 ) -> State:
     """Opens the database (migrating it), the file folder and the Valkey client, and upserts the bootstrap keys.
 
@@ -119,7 +133,7 @@ async def open_state(
 
     outbox = SqliteOutbox(database)
     ledger = SqliteLedger(database, outbox, events.request_completed)
-    recorder = Recorder(ledger)
+    recorder = Recorder(ledger, peers.usages)
     jobs = SqliteJobs(database)
     documents = SqliteDocuments(database, outbox)
     kept = SqliteUploads(database, max_tenant_bytes=max_tenant_upload_bytes)
@@ -127,19 +141,21 @@ async def open_state(
     files = DirectoryFiles(files_dir)
     control = BusControl(bus)
     index = RetrieverDocuments(peers.retriever)
-    keys = KeyRing(SqliteKeys(database), key_pepper.encode(), control)
+    book, pepper = SqliteKeys(database), key_pepper.encode()
+    keys = KeyRing(book, pepper)
+    administration = Administration(book, pepper, keys, control)
     library = Library(files, documents, jobs, index, control, events.ingest_job)
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
-    serving = Serving(catalog)
+    serving = Serving(catalog, stages=(StartRecords(ledger, RequestSizes(catalog, peers.generator)),))
     finetuning = Finetuning(finetunes, kept, TrainerRuns(peers.trainer), events.train_job)
     evaluations = Evaluations(
         SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job
     )
 
     if bootstrap_api_key:
-        await keys.bootstrap(bootstrap_api_key, DEFAULT_TENANT, is_admin=False, allows_text=True)
+        await administration.configure_key(bootstrap_api_key, DEFAULT_TENANT, is_admin=False, allows_text=True)
     if bootstrap_admin_key:
-        await keys.bootstrap(bootstrap_admin_key, ADMIN_TENANT, is_admin=True, allows_text=False)
+        await administration.configure_key(bootstrap_admin_key, ADMIN_TENANT, is_admin=True, allows_text=False)
     await files.sweep(await documents.file_ids() | await kept.file_ids())
 
     job_consumer = JobConsumer(bus, jobs, files, control)
@@ -150,7 +166,7 @@ async def open_state(
         await database.close()
 
     return State(
-        keys=keys,
+        keys=Credentials(keys, Tokens(oidc, keys)) if oidc else keys,
         limiter=limiter,
         ledger=ledger,
         recorder=recorder,
@@ -163,7 +179,10 @@ async def open_state(
             evaluations_router(evaluations, catalog),
             jobs_router(jobs, control),
             search_router(index),
-            admin_router(keys, ledger),
+            usage_router(SqliteUsage(database), SqlitePrices(database)),
+            keys_router(administration),
+            tenants_router(administration),
+            audit_router(SqliteAudit(database)),
             monitor_router(MonitorProfiles(peers.monitor), finetunes),
             later_router(),
         ),
@@ -175,7 +194,7 @@ async def open_state(
             ),
             (
                 gateway_pb2_grpc.add_GraphServiceServicer_to_server,
-                GraphServicer(serving, jobs, recorder, timeout_s=request_timeout_s),
+                GraphServicer(serving, keys, jobs, recorder, timeout_s=request_timeout_s),
                 "pressroom.gateway.v1.GraphService",
             ),
         ),
@@ -184,6 +203,8 @@ async def open_state(
             ("job-progress", job_consumer.consume_progress),
             ("dead-jobs", job_consumer.consume_dead_jobs),
             ("revoked-keys", RevocationListener(bus, keys).listen),
+            ("left-requests", partial(recover, ledger, ledger, peers.usages)),
+            *((("token-keys", oidc.run),) if oidc else ()),
         ),
         close=close,
     )

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from chassis.errors import Code, PlatformError
 from chassis.telemetry import tracer
 from gateway.api.http import Limits, make_app
-from gateway.api.middleware_account import Recorder
+from gateway.api.settlement import Recorder
 from gateway.backends.graph_files import Services, assemble, read_graphs
 from gateway.core.catalog import Catalog
 from gateway.core.finetuning import TunedModel

@@ -45,3 +45,43 @@ def test_a_bad_setting_is_named_and_a_secret_is_not_told(monkeypatch, capsys, na
         main.main()
     said = capsys.readouterr().err
     assert caught.value.code == 78 and f"GATEWAY_{name}" in said and "short" not in said
+
+
+OIDC = {
+    "OIDC_ISSUER": "https://id.example.com/",
+    "OIDC_AUDIENCE": "pressroom",
+    "OIDC_JWKS_URL": "https://id.example.com/keys",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"OIDC_ISSUER": None}, "OIDC_ISSUER"),
+        ({"OIDC_AUDIENCE": None}, "OIDC_ISSUER"),
+        ({"OIDC_JWKS_URL": None}, "OIDC_ISSUER"),
+        ({"OIDC_JWKS_FILE": "/nonexistent/jwks.json"}, "OIDC_ISSUER"),  # a file and a URL
+        ({"OIDC_JWKS_URL": "http://id.example.com/keys"}, "OIDC_JWKS_URL"),  # anybody between could forge the keys
+        ({"OIDC_JWKS_URL": "file:///etc/passwd"}, "OIDC_JWKS_URL"),
+        ({"OIDC_JWKS_URL": "http://localhost.example.com/keys"}, "OIDC_JWKS_URL"),
+    ],
+)
+def test_half_a_trust_in_tokens_is_refused(monkeypatch, capsys, changes, named):
+    for name, value in (OIDC | changes).items():
+        if value is not None:
+            monkeypatch.setenv(f"GATEWAY_{name}", value)
+    with pytest.raises(SystemExit) as caught:
+        main.main()
+    assert caught.value.code == 78 and f"GATEWAY_{named}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"{", b'{"keys": []}'])
+def test_a_file_without_the_issuers_keys_is_refused(monkeypatch, capsys, tmp_path, content):
+    path = tmp_path / "jwks.json"
+    if content is not None:
+        path.write_bytes(content)
+    for name, value in (OIDC | {"OIDC_JWKS_FILE": str(path)}).items():
+        if name != "OIDC_JWKS_URL":
+            monkeypatch.setenv(f"GATEWAY_{name}", value)
+    assert main.main() == 78
+    assert "GATEWAY_OIDC_JWKS_FILE: " in capsys.readouterr().err

@@ -20,7 +20,7 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</
 
 @pytest.fixture
 async def client(base_url, key):
-    async with AsyncAnthropic(base_url=base_url.removesuffix("/v1"), auth_token=key, max_retries=0) as client:
+    async with AsyncAnthropic(base_url=base_url.removesuffix("/v1"), api_key=key, max_retries=0) as client:
         yield client
 
 

@@ -22,9 +22,9 @@ from gateway.api.consumers import JobConsumer
 from gateway.api.http import Limits, make_app
 from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
-from gateway.api.middleware_account import Recorder
 from gateway.api.openai_files import files_router
 from gateway.api.openai_finetuning import finetuning_router
+from gateway.api.settlement import Recorder
 from gateway.backends import events
 from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
@@ -37,6 +37,7 @@ from gateway.backends.sqlite_ledger import SqliteLedger
 from gateway.backends.sqlite_outbox import SqliteOutbox
 from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.backends.sqlite_uploads import SqliteUploads
+from gateway.core.administration import Administration, NewKey
 from gateway.core.catalog import Catalog
 from gateway.core.evaluations import Evaluations, Task
 from gateway.core.finetuning import Finetuning, Run
@@ -165,6 +166,7 @@ class World:
     trainer: FakeTrainer
     evaluator: FakeEvaluator
     keys: dict[str, str]  # by tenant
+    ring: KeyRing
     clients: list[httpx.AsyncClient] = field(default_factory=list)
 
     def http(self, tenant: str = "acme") -> httpx.AsyncClient:
@@ -252,8 +254,9 @@ async def make_world(database: Database, directory: Path) -> World:
     catalog = Catalog(graphs, generator, embedder, finetunes)
     ledger = SqliteLedger(database, outbox, events.request_completed)
     recorder = Recorder(ledger)
-    ring = KeyRing(SqliteKeys(database), b"pepper", control)
-    keys = {tenant: (await ring.create(tenant, requests_per_minute=None))[1] for tenant in ("acme", "other")}
+    ring = KeyRing(SqliteKeys(database), b"pepper")
+    administration = Administration(SqliteKeys(database), b"pepper", ring, control)
+    keys = {tenant: (await administration.create_key("test", NewKey(tenant)))[1] for tenant in ("acme", "other")}
     evaluations = Evaluations(SqliteEvaluations(database, outbox), kept, evaluator, events.evaluate_job)
     app = make_app(
         catalog=catalog,
@@ -287,6 +290,7 @@ async def make_world(database: Database, directory: Path) -> World:
         trainer,
         evaluator,
         keys,
+        ring,
     )
 
 

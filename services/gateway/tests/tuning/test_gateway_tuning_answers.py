@@ -25,7 +25,7 @@ TUNED = f"{BASE}:press"
 async def ask(world):
     """Calls Answer for a tenant."""
     server = rpc.make_server("gateway")
-    servicer = GraphServicer(Serving(world.catalog), world.jobs, world.recorder, timeout_s=30)
+    servicer = GraphServicer(Serving(world.catalog), world.ring, world.jobs, world.recorder, timeout_s=30)
     gateway_pb2_grpc.add_GraphServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -1,4 +1,4 @@
-"""What the gateway hears on the bus: progress of jobs, jobs that no worker could do, revoked keys."""
+"""What the gateway hears on the bus: progress of jobs, jobs that no worker could do, changed keys."""
 
 import json
 import logging
@@ -82,7 +82,7 @@ class JobConsumer:
 
 
 class RevocationListener:
-    """Drops keys that another worker revoked."""
+    """Forgets keys and tenants that another worker changed."""
 
     def __init__(self, bus: Bus, keys: KeyRing) -> None:
         self._bus = bus
@@ -90,11 +90,12 @@ class RevocationListener:
 
     async def listen(self) -> None:
         """Runs until cancelled."""
-        await self._bus.listen(subjects.CONTROL_KEYS_REVOKED, self.on_revoked)
+        await self._bus.listen(subjects.CONTROL_KEYS_REVOKED, self.on_changed)
 
-    async def on_revoked(self, received: Received) -> None:
-        """Forgets the keys at once."""
-        self._keys.forget(events_pb2.KeysRevoked.FromString(received.payload).key_ids)
+    async def on_changed(self, received: Received) -> None:
+        """Forgets them at once."""
+        message = events_pb2.KeysRevoked.FromString(received.payload)
+        self._keys.forget(frozenset(message.key_ids), frozenset(message.tenants))
 
 
 def report_from(payload: bytes) -> Report:

@@ -4,7 +4,6 @@ What is used is accounted to the tenant, under the key that ordered the job and 
 left out of the record, so that profiles of real traffic stay what they are.
 """
 
-import asyncio
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -13,15 +12,14 @@ from pressroom.common.v1 import common_pb2
 from pressroom.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 
 from chassis import context, telemetry
-from chassis.errors import Code, PlatformError, http_status
-from gateway.api.errors import error_code
+from chassis.errors import Code, PlatformError
 from gateway.api.json_body import validate
-from gateway.api.middleware import CLIENT_LEFT
-from gateway.api.middleware_account import Recorder, measure_tokens
 from gateway.api.openai_chat import ChatBody
+from gateway.api.settlement import Recorder
 from gateway.core.account import Account
 from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
 from gateway.core.jobs import JobStatus, JobStore
+from gateway.core.keys import KeyRing
 from gateway.core.ports import Principal
 from gateway.core.services import Delta, Finished, Started
 from gateway.core.serving import Ask, Serving
@@ -50,8 +48,11 @@ class _Answer:
 class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
     """Runs graphs for jobs."""
 
-    def __init__(self, serving: Serving, jobs: JobStore, recorder: Recorder, *, timeout_s: float) -> None:
+    def __init__(
+        self, serving: Serving, keys: KeyRing, jobs: JobStore, recorder: Recorder, *, timeout_s: float
+    ) -> None:
         self._serving = serving
+        self._keys = keys
         self._jobs = jobs
         self._recorder = recorder
         self._timeout_s = timeout_s
@@ -61,8 +62,9 @@ class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
     ) -> gateway_pb2.AnswerResponse:
         """Answers one chat; a cancelled call stops the decoding.
 
-        Raises INVALID_ARGUMENT, NOT_FOUND for a model that the tenant does not have, FAILED_PRECONDITION when the job
-        was cancelled (a worker that missed the call to stop learns it here), and what the graph's services raise.
+        Raises INVALID_ARGUMENT, NOT_FOUND for a model that the tenant does not have, PERMISSION_DENIED for one that it
+        or the key that ordered the job may not ask, FAILED_PRECONDITION when the job was cancelled (a worker that
+        missed the call to stop learns it here), and what the graph's services raise.
         """
         called = context.current()
         if not called.tenant:
@@ -70,7 +72,7 @@ class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
         job = await self._jobs.get(called.tenant, request.job_id) if request.job_id else None
         if job is not None and (job.cancel_requested or job.status is JobStatus.CANCELLED):
             raise PlatformError(Code.FAILED_PRECONDITION, "the job was cancelled", reason="job_cancelled")
-        principal = Principal(job.key_id if job else "", called.tenant)
+        principal = await self._keys.principal(job.key_id if job else "", called.tenant)
         graph = await self._serving.graph(principal, request.model)
         wanted = _graph_request(request, called.tenant)
         deadline = Deadline.after(called.remaining_s(self._timeout_s))
@@ -79,25 +81,13 @@ class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
         )
 
     async def _run(self, ask: Ask, graph: Graph) -> gateway_pb2.AnswerResponse:
-        answer, status, account = _Answer(), CLIENT_LEFT, ask.account
-        try:
+        answer, account = _Answer(), ask.account
+        # Not the latencies: a job's answers wait behind people's, and would hide theirs.
+        async with self._recorder.settling(account, counts_latency=False) as outcome:
             async with aclosing(self._serving.run(ask, graph)) as events:
                 async for event in events:
                     answer.take(event)
-            status = 200
-        except PlatformError as error:
-            status, account.error_code = http_status(error.code), error_code(error)
-            raise
-        except (asyncio.CancelledError, GeneratorExit):
-            account.finish_reason = "cancelled"
-            raise
-        except Exception:
-            status, account.error_code = 500, "internal_error"
-            raise
-        finally:
-            # Not the latencies: a job's answers wait behind people's, and would hide theirs.
-            measure_tokens(account)
-            await self._recorder.write(account.record(status))
+            outcome.status = 200
         usage = account.usage
         return gateway_pb2.AnswerResponse(
             text="".join(answer.text),

@@ -11,14 +11,15 @@ from starlette.types import ASGIApp
 from gateway.api import errors, openapi
 from gateway.api.anthropic_messages import messages_router
 from gateway.api.middleware import RequestFrame
-from gateway.api.middleware_access import Authentication, BodyCap, RateLimit
-from gateway.api.middleware_account import Accounting, Recorder
+from gateway.api.middleware_access import Authentication, BodyCap, Permission, RateLimit
+from gateway.api.middleware_account import Accounting
 from gateway.api.openai_chat import chat_router
 from gateway.api.openai_completions import completions_router
 from gateway.api.openai_embeddings import embeddings_router
 from gateway.api.openai_models import models_router
 from gateway.api.openai_responses import responses_router
 from gateway.api.rerank import rerank_router
+from gateway.api.settlement import Recorder
 from gateway.api.vllm_generate import generate_router
 from gateway.core.catalog import Catalog
 from gateway.core.ports import Keys, RequestLimiter
@@ -66,7 +67,7 @@ def make_app(
     api_routes = [route for router in all_routers for route in router.routes if isinstance(route, APIRoute)]
     errors.install(routes, api_routes)
     openapi.install(routes, api_routes)
-    # From the outside in: the frame, the key, the account, the limit, the size, the routes.
+    # From the outside in: the frame, the key, the account, the limit, the scopes, the size, the routes.
     capped = BodyCap(routes, max_body_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
-    accounted = Accounting(RateLimit(capped, limiter=limiter), recorder=recorder)
+    accounted = Accounting(RateLimit(Permission(capped), limiter=limiter), recorder=recorder)
     return RequestFrame(Authentication(accounted, keys=keys, open_app=routes), timeout_s=limits.timeout_s)

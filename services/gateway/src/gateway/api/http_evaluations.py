@@ -13,6 +13,7 @@ from gateway.api.openapi import documented
 from gateway.api.openapi_schemas import COUNT, TEXT, array, one_of, page, record
 from gateway.core.catalog import Catalog
 from gateway.core.evaluations import Evaluations, Task
+from gateway.core.serving import Serving
 
 
 class EvaluationBody(Body):
@@ -45,6 +46,7 @@ def evaluations_router(evaluations: Evaluations, catalog: Catalog) -> APIRouter:
     async def submit_evaluation(request: Request) -> dict[str, Any]:
         body = await read_json(request, EvaluationBody)
         principal = principal_of(request)
+        Serving.permit(principal, body.model)
         await catalog.check_answers(body.model, principal.tenant)
         evaluation = await evaluations.submit(principal.tenant, principal.key_id, body.model, body.task)
         # job_id as where documents are handed in, beside the shape of GET /v1/jobs/{id}.

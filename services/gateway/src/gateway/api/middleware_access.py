@@ -1,4 +1,4 @@
-"""Who may pass and how often: authentication, request limits and the size of bodies."""
+"""Who may pass and how often: authentication, request limits, scopes and the size of bodies."""
 
 import asyncio
 import math
@@ -9,9 +9,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chassis import context
 from chassis.errors import Code, PlatformError
+from gateway.api.scopes import require_scope
 from gateway.core.ports import Keys, LimitState, RequestLimiter
 
 _MAX_KEY_CHARS = 256
+_MAX_TOKEN_CHARS = 8192  # a signed token is longer than any key
 _NO_LIMIT = 2**53 - 1  # JavaScript's largest safe integer
 _PROTECTED = frozenset({"/v1", "/admin", "/generate", "/rerank"})
 _UPLOADS = ("/v1/documents", "/v1/files")
@@ -35,7 +37,7 @@ class Authentication:
         if not is_protected(scope["path"]):
             await self._open_app(scope, receive, send)
             return
-        principal = await self._keys.authenticate(_bearer_key(Headers(scope=scope)))
+        principal = await self._keys.authenticate(credential_of(Headers(scope=scope)))
         state = scope["state"]
         state["principal"] = principal
         # The request's task ends with the request, and the outermost layer resets what was before.
@@ -43,19 +45,37 @@ class Authentication:
         await self._app(scope, receive, send)
 
 
-def _bearer_key(headers: Headers) -> str:
-    sent = headers.getlist("authorization")
-    if not sent:
+def credential_of(headers: Headers) -> str:
+    """The one credential of a request: a bearer's, or a key in Anthropic's header; raises UNAUTHENTICATED."""
+    bearers, plain = headers.getlist("authorization"), headers.getlist("x-api-key")
+    if not bearers and not plain:
         raise PlatformError(
-            Code.UNAUTHENTICATED, "no API key: send the header 'Authorization: Bearer sk-...'", reason="invalid_api_key"
+            Code.UNAUTHENTICATED,
+            "no API key: send the header 'Authorization: Bearer sk-...' or 'x-api-key: sk-...'",
+            reason="invalid_api_key",
         )
-    scheme, _, key = sent[0].partition(" ")
-    key = key.strip()
-    if len(sent) > 1 or scheme.lower() != "bearer" or not key or not key.isascii() or len(key) > _MAX_KEY_CHARS:
-        raise PlatformError(
-            Code.UNAUTHENTICATED, "the Authorization header must be one 'Bearer <key>'", reason="invalid_api_key"
-        )
-    return key
+    # Never two, even if they are the same: a proxy and we might each believe another one.
+    if len(bearers) + len(plain) > 1:
+        raise PlatformError(Code.UNAUTHENTICATED, "send one credential, in one header", reason="invalid_api_key")
+    if plain:
+        return _sane(plain[0], _MAX_KEY_CHARS)
+    scheme, _, credential = bearers[0].partition(" ")
+    if scheme.lower() != "bearer":
+        raise _malformed()
+    return _sane(credential, _MAX_TOKEN_CHARS)
+
+
+def _sane(credential: str, max_chars: int) -> str:
+    credential = credential.strip(" ")
+    if not credential or not credential.isascii() or len(credential) > max_chars:
+        raise _malformed()
+    return credential
+
+
+def _malformed() -> PlatformError:
+    return PlatformError(
+        Code.UNAUTHENTICATED, "the Authorization header must be one 'Bearer <key>'", reason="invalid_api_key"
+    )
 
 
 class RateLimit:
@@ -101,6 +121,18 @@ def _duration(seconds: float) -> str:
         return f"{max(0, math.ceil(seconds * 1000))}ms"
     whole = math.ceil(seconds)
     return f"{whole}s" if whole < 60 else f"{whole // 60}m{whole % 60}s"
+
+
+class Permission:
+    """Holds keys that have scopes to their routes."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes on, or raises PERMISSION_DENIED."""
+        require_scope(scope["state"]["principal"], scope["path"])
+        await self._app(scope, receive, send)
 
 
 class BodyCap:

@@ -19,6 +19,7 @@ from gateway.api.openapi_schemas import ANY_OBJECT, COUNT, NUMBER, TEXT, TIME, a
 from gateway.core.catalog import Catalog
 from gateway.core.finetuning import Finetune, Finetuning, Hyperparameters, Order, Run, RunEvent
 from gateway.core.jobs import Canceller, JobStatus, JobStore
+from gateway.core.serving import Serving
 
 _PATH = "/v1/fine_tuning/jobs"
 _AUTO = Literal["auto"]
@@ -154,6 +155,7 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
     async def create_job(request: Request) -> dict[str, Any]:
         order = (await read_json(request, OrderBody)).order()
         principal = principal_of(request)
+        Serving.permit(principal, order.base)
         await catalog.check_tunable(order.base)
         return job_shape(await finetuning.submit(principal.tenant, principal.key_id, order))
 

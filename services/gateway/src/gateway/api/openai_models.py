@@ -24,26 +24,23 @@ def models_router(catalog: Catalog) -> APIRouter:
     @router.get("/v1/models", response_model=None)
     @documented(record({"object": one_of("list"), "data": array(MODEL)}))
     async def list_models(request: Request) -> Response:
-        """Every model that a request of the tenant's can name."""
-        tenant = principal_of(request).tenant
-        models = await catalog.models(tenant)
+        """Every model that the sender can name."""
+        sender = principal_of(request)
+        models = [model for model in await catalog.models(sender.tenant) if sender.may_ask(model.id)]
         if anthropic_errors.is_spoken(request.scope):
-            ends = (
-                {"first_id": models[0].id, "last_id": models[-1].id} if models else {"first_id": None, "last_id": None}
-            )
-            return json_response({"data": [_anthropic_shape(model) for model in models], "has_more": False, **ends})
-        return json_response({"object": "list", "data": [_shape(model, tenant) for model in models]})
+            return json_response(_anthropic_page(models))
+        return json_response({"object": "list", "data": [_shape(model, sender.tenant) for model in models]})
 
     @router.get("/v1/models/{model_id:path}", response_model=None)
     @documented(MODEL)
     async def get_model(request: Request, model_id: str) -> Response:
         """One model."""
-        tenant = principal_of(request).tenant
-        for model in await catalog.models(tenant):
-            if model.id == model_id:
+        sender = principal_of(request)
+        for model in await catalog.models(sender.tenant):
+            if model.id == model_id and sender.may_ask(model_id):
                 if anthropic_errors.is_spoken(request.scope):
                     return json_response(_anthropic_shape(model))
-                return json_response(_shape(model, tenant))
+                return json_response(_shape(model, sender.tenant))
         raise model_not_found(model_id)
 
     return router

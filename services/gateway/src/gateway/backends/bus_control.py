@@ -1,6 +1,6 @@
 """What the gateway calls out to everybody on the bus.
 
-Implements core.keys.RevocationAnnouncer and core.jobs.Canceller.
+Implements core.administration.Announcer and core.jobs.Canceller.
 """
 
 import logging
@@ -20,9 +20,10 @@ class BusControl:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
-    async def keys_revoked(self, key_ids: list[str]) -> None:
-        """Says that keys are no longer valid; never raises."""
-        await self._say(subjects.CONTROL_KEYS_REVOKED, events_pb2.KeysRevoked(key_ids=key_ids).SerializeToString())
+    async def access_changed(self, *, key_ids: list[str], tenants: list[str]) -> None:
+        """Says that keys, and all keys of tenants, are no longer what they were; never raises."""
+        message = events_pb2.KeysRevoked(key_ids=key_ids, tenants=tenants)
+        await self._say(subjects.CONTROL_KEYS_REVOKED, message.SerializeToString())
 
     async def cancel(self, work_id: str, reason: str) -> None:
         """Says that a job or request is to be stopped; never raises."""

@@ -91,6 +91,7 @@ def _request(call: Generation) -> pb.GenerateRequest:
         prompt_logprobs=call.prompt_logprobs,
         adapter=call.adapter,
         priority=call.priority,
+        usage_id=call.usage_id,
     )
     _set_prompt(request, call.prompt)
     if call.grammar is not None:

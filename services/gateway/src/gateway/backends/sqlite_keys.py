@@ -1,16 +1,23 @@
-"""Access keys and tenants in SQLite. Implements core.keys.KeyStore."""
+"""Access keys and tenants in SQLite. Implements core.keys.KeyStore and core.administration.AccessBook."""
 
+import json
 import sqlite3
+from collections.abc import Callable
 
+from gateway.backends import sqlite_audit
 from gateway.backends.sqlite import Database
-from gateway.core.keys import KeyRow
+from gateway.core.administration import KeyRevision, TenantRevision
+from gateway.core.audit import Change
+from gateway.core.keys import KeyRow, TenantRow
 from gateway.core.policy import policy_from_json
 
-_SELECT = """
+_SELECT_KEY = """
     SELECT key_id, tenant, secret_hmac, is_admin, requests_per_minute, created_unix_s, revoked_unix_s, allows_text,
-        keys.policy_json, tenants.policy_json
+        keys.policy_json, tenants.policy_json, disabled_unix_s, name, metadata_json, expires_unix_s, former_hmac,
+        former_until_unix_s
     FROM keys JOIN tenants USING (tenant)
 """
+_SELECT_TENANT = "SELECT tenant, allows_text, policy_json, disabled_unix_s FROM tenants "
 
 
 class SqliteKeys:
@@ -21,75 +28,128 @@ class SqliteKeys:
 
     async def find(self, key_id: str) -> KeyRow | None:
         """Returns the key, revoked or not."""
+        return await self._database.read(lambda connection: _find_key(connection, key_id))
 
-        def query(connection: sqlite3.Connection) -> KeyRow | None:
-            row = connection.execute(_SELECT + "WHERE key_id = ?", (key_id,)).fetchone()
-            return _row(row) if row else None
+    async def tenant(self, tenant: str) -> TenantRow | None:
+        """Returns the tenant, disabled or not."""
+        return await self._database.read(lambda connection: _find_tenant(connection, tenant))
 
-        return await self._database.read(query)
-
-    async def put(self, row: KeyRow, *, tenant_allows_text: bool | None) -> None:
-        """Writes the key and its tenant. A key that was revoked stays so unless its secret has changed."""
-
-        def unit(connection: sqlite3.Connection) -> None:
-            connection.execute(
-                """
-                INSERT INTO tenants (tenant, allows_text) VALUES (?, ?)
-                ON CONFLICT (tenant) DO UPDATE SET allows_text = coalesce(?, allows_text)
-                """,
-                (row.tenant, bool(tenant_allows_text), tenant_allows_text),
-            )
-            connection.execute(
-                """
-                INSERT INTO keys (
-                    key_id, tenant, secret_hmac, is_admin, requests_per_minute, created_unix_s, policy_json
-                )
-                VALUES (?, ?, ?, ?, ?, ?, ?)
-                ON CONFLICT (key_id) DO UPDATE SET
-                    revoked_unix_s = CASE WHEN secret_hmac = excluded.secret_hmac THEN revoked_unix_s END,
-                    tenant = excluded.tenant,
-                    secret_hmac = excluded.secret_hmac,
-                    is_admin = excluded.is_admin,
-                    requests_per_minute = excluded.requests_per_minute,
-                    policy_json = excluded.policy_json
-                """,
-                (
-                    row.key_id,
-                    row.tenant,
-                    row.secret_hmac,
-                    row.is_admin,
-                    row.requests_per_minute,
-                    row.created_unix_s,
-                    row.policy.to_json(),
-                ),
-            )
-
-        await self._database.write(unit)
-
-    async def all(self) -> list[KeyRow]:
+    async def keys(self) -> list[KeyRow]:
         """Returns every key, oldest first."""
 
         def query(connection: sqlite3.Connection) -> list[KeyRow]:
-            return [_row(row) for row in connection.execute(_SELECT + "ORDER BY created_unix_s, key_id")]
+            return [_key(row) for row in connection.execute(_SELECT_KEY + "ORDER BY created_unix_s, key_id")]
 
         return await self._database.read(query)
 
-    async def revoke(self, key_id: str, at_unix_s: int) -> bool:
-        """Marks the key as revoked; False where there is none."""
+    async def tenants(self) -> list[TenantRow]:
+        """Returns every tenant, by name."""
 
-        def unit(connection: sqlite3.Connection) -> bool:
-            changed = connection.execute(
-                "UPDATE keys SET revoked_unix_s = coalesce(revoked_unix_s, ?) WHERE key_id = ?", (at_unix_s, key_id)
-            )
-            return changed.rowcount == 1
+        def query(connection: sqlite3.Connection) -> list[TenantRow]:
+            return [_tenant(row) for row in connection.execute(_SELECT_TENANT + "ORDER BY tenant")]
+
+        return await self._database.read(query)
+
+    async def revise_key(self, key_id: str, revise: Callable[[KeyRow | None], KeyRevision]) -> KeyRow:
+        """Gives the key, or None, to `revise` and writes what it returns, in one transaction with the audit log."""
+
+        def unit(connection: sqlite3.Connection) -> KeyRow:
+            row, change = revise(_find_key(connection, key_id))
+            if change is not None:
+                if _find_tenant(connection, row.tenant) is None:
+                    _put_tenant(connection, TenantRow(row.tenant, row.allows_text))
+                    made = {"allows_text": row.allows_text, "for_key": key_id}
+                    sqlite_audit.append(connection, Change(change.actor, "tenant.created", row.tenant, made))
+                _put_key(connection, row)
+                sqlite_audit.append(connection, change)
+            return row
+
+        return await self._database.write(unit)
+
+    async def revise_tenant(self, tenant: str, revise: Callable[[TenantRow | None], TenantRevision]) -> TenantRow:
+        """The same for a tenant."""
+
+        def unit(connection: sqlite3.Connection) -> TenantRow:
+            row, change = revise(_find_tenant(connection, tenant))
+            if change is not None:
+                _put_tenant(connection, row)
+                sqlite_audit.append(connection, change)
+            return row
 
         return await self._database.write(unit)
 
 
-def _row(row: tuple[object, ...]) -> KeyRow:
-    key_id, tenant, secret_hmac, is_admin, rpm, created_unix_s, revoked_unix_s, allows_text, policy, of_tenant = row
+def _find_key(connection: sqlite3.Connection, key_id: str) -> KeyRow | None:
+    row = connection.execute(_SELECT_KEY + "WHERE key_id = ?", (key_id,)).fetchone()
+    return _key(row) if row else None
+
+
+def _find_tenant(connection: sqlite3.Connection, tenant: str) -> TenantRow | None:
+    row = connection.execute(_SELECT_TENANT + "WHERE tenant = ?", (tenant,)).fetchone()
+    return _tenant(row) if row else None
+
+
+def _put_key(connection: sqlite3.Connection, row: KeyRow) -> None:
+    connection.execute(
+        """
+        INSERT INTO keys (
+            key_id, tenant, secret_hmac, is_admin, requests_per_minute, created_unix_s, revoked_unix_s, policy_json,
+            name, metadata_json, expires_unix_s, former_hmac, former_until_unix_s
+        )
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+        ON CONFLICT (key_id) DO UPDATE SET
+            tenant = excluded.tenant,
+            secret_hmac = excluded.secret_hmac,
+            is_admin = excluded.is_admin,
+            requests_per_minute = excluded.requests_per_minute,
+            revoked_unix_s = excluded.revoked_unix_s,
+            policy_json = excluded.policy_json,
+            name = excluded.name,
+            metadata_json = excluded.metadata_json,
+            expires_unix_s = excluded.expires_unix_s,
+            former_hmac = excluded.former_hmac,
+            former_until_unix_s = excluded.former_until_unix_s
+        """,
+        (
+            row.key_id,
+            row.tenant,
+            row.secret_hmac,
+            row.is_admin,
+            row.requests_per_minute,
+            row.created_unix_s,
+            row.revoked_unix_s,
+            row.policy.to_json(),
+            row.name,
+            json.dumps(row.metadata),
+            row.expires_unix_s,
+            row.former_hmac,
+            row.former_until_unix_s,
+        ),
+    )
+
+
+def _put_tenant(connection: sqlite3.Connection, row: TenantRow) -> None:
+    connection.execute(
+        """
+        INSERT INTO tenants (tenant, allows_text, policy_json, disabled_unix_s) VALUES (?, ?, ?, ?)
+        ON CONFLICT (tenant) DO UPDATE SET
+            allows_text = excluded.allows_text,
+            policy_json = excluded.policy_json,
+            disabled_unix_s = excluded.disabled_unix_s
+        """,
+        (row.tenant, row.allows_text, row.policy.to_json(), row.disabled_unix_s),
+    )
+
+
+def _key(row: tuple[object, ...]) -> KeyRow:
+    key_id, tenant, secret_hmac, is_admin, rpm, created_unix_s, revoked_unix_s, allows_text, policy, of_tenant = row[
+        :10
+    ]
+    disabled_unix_s, name, metadata, expires_unix_s, former_hmac, former_until_unix_s = row[10:]
     assert isinstance(secret_hmac, bytes) and isinstance(created_unix_s, int)
     assert isinstance(rpm, int | None) and isinstance(revoked_unix_s, int | None)
+    assert isinstance(expires_unix_s, int | None) and isinstance(former_until_unix_s, int | None)
+    assert isinstance(former_hmac, bytes | None)
     return KeyRow(
         key_id=str(key_id),
         tenant=str(tenant),
@@ -101,4 +161,16 @@ def _row(row: tuple[object, ...]) -> KeyRow:
         allows_text=bool(allows_text),
         policy=policy_from_json(str(policy)),
         tenant_policy=policy_from_json(str(of_tenant)),
+        is_tenant_disabled=disabled_unix_s is not None,
+        name=str(name),
+        metadata=json.loads(str(metadata)),
+        expires_unix_s=expires_unix_s,
+        former_hmac=former_hmac,
+        former_until_unix_s=former_until_unix_s,
     )
+
+
+def _tenant(row: tuple[object, ...]) -> TenantRow:
+    tenant, allows_text, policy, disabled_unix_s = row
+    assert isinstance(disabled_unix_s, int | None)
+    return TenantRow(str(tenant), bool(allows_text), policy_from_json(str(policy)), disabled_unix_s)

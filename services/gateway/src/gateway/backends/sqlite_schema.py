@@ -178,5 +178,107 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # What they may do and how much, as core.policy writes it.
         "ALTER TABLE keys ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
         "ALTER TABLE tenants ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
+        # The ledger: what is under way and what it may cost, what everything cost, and what it will.
+        """
+        CREATE TABLE open_usage (
+            usage_id TEXT PRIMARY KEY,
+            opened_by TEXT NOT NULL,
+            request_id TEXT NOT NULL,
+            trace_id TEXT NOT NULL,
+            traceparent TEXT NOT NULL,
+            tenant TEXT NOT NULL,
+            key_id TEXT NOT NULL,
+            model TEXT NOT NULL,
+            route TEXT NOT NULL,
+            started_unix_ms INTEGER NOT NULL,
+            key_reserved_micros INTEGER NOT NULL,
+            tenant_reserved_micros INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID
+        """,
+        "CREATE INDEX open_usage_of_key ON open_usage (key_id, key_reserved_micros) WHERE key_reserved_micros > 0",
+        "CREATE INDEX open_usage_of_tenant ON open_usage (tenant, tenant_reserved_micros) "
+        "WHERE tenant_reserved_micros > 0",
+        "ALTER TABLE usage ADD COLUMN usage_id TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE usage ADD COLUMN cost_micros INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE usage ADD COLUMN is_exact INTEGER NOT NULL DEFAULT 1",
+        "CREATE UNIQUE INDEX usage_once ON usage (usage_id) WHERE usage_id <> ''",
+        "CREATE INDEX usage_by_time ON usage (started_unix_ms)",
+        "ALTER TABLE usage_totals ADD COLUMN cost_micros INTEGER NOT NULL DEFAULT 0",
+        # Days since 1970 in UTC, by when the request came.
+        """
+        CREATE TABLE usage_days (
+            day INTEGER NOT NULL,
+            tenant TEXT NOT NULL,
+            key_id TEXT NOT NULL,
+            model TEXT NOT NULL,
+            num_requests INTEGER NOT NULL,
+            num_errors INTEGER NOT NULL,
+            prompt_tokens INTEGER NOT NULL,
+            completion_tokens INTEGER NOT NULL,
+            cached_tokens INTEGER NOT NULL,
+            cost_micros INTEGER NOT NULL,
+            PRIMARY KEY (day, tenant, key_id, model)
+        ) STRICT, WITHOUT ROWID
+        """,
+        """
+        INSERT INTO usage_days
+        SELECT started_unix_ms / 86400000, tenant, key_id, model, count(*), sum(error_code <> ''), sum(prompt_tokens),
+            sum(completion_tokens), sum(cached_tokens), 0
+        FROM usage GROUP BY 1, 2, 3, 4
+        """,
+        # What a key or a tenant (owner, see core.money) spent in a day: what budgets are judged by.
+        """
+        CREATE TABLE spent_days (
+            owner TEXT NOT NULL,
+            day INTEGER NOT NULL,
+            cost_micros INTEGER NOT NULL,
+            PRIMARY KEY (owner, day)
+        ) STRICT, WITHOUT ROWID
+        """,
+        # Micros for a million tokens. A price that has begun is never changed.
+        """
+        CREATE TABLE prices (
+            model TEXT NOT NULL,
+            effective_unix_ms INTEGER NOT NULL,
+            input_micros INTEGER NOT NULL,
+            cached_input_micros INTEGER NOT NULL,
+            output_micros INTEGER NOT NULL,
+            PRIMARY KEY (model, effective_unix_ms)
+        ) STRICT, WITHOUT ROWID
+        """,
+        # Keys and tenants: what a key is called, until when it holds, and its former secret while a rotation overlaps.
+        "ALTER TABLE keys ADD COLUMN name TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE keys ADD COLUMN metadata_json TEXT NOT NULL DEFAULT '{}'",
+        "ALTER TABLE keys ADD COLUMN expires_unix_s INTEGER",
+        "ALTER TABLE keys ADD COLUMN former_hmac BLOB",
+        "ALTER TABLE keys ADD COLUMN former_until_unix_s INTEGER",
+        "ALTER TABLE tenants ADD COLUMN disabled_unix_s INTEGER",
+        # The audit log, see core.audit. It is only ever appended to; REPLACE fires no trigger of DELETE, so an INSERT
+        # is held to the next number.
+        """
+        CREATE TABLE audit (
+            sequence INTEGER PRIMARY KEY,
+            at_unix_ms INTEGER NOT NULL,
+            actor TEXT NOT NULL,
+            action TEXT NOT NULL,
+            subject TEXT NOT NULL,
+            details_json TEXT NOT NULL,
+            previous_hash TEXT NOT NULL,
+            hash TEXT NOT NULL
+        ) STRICT
+        """,
+        """
+        CREATE TRIGGER audit_is_in_order BEFORE INSERT ON audit
+        WHEN NEW.sequence IS NOT (SELECT coalesce(max(sequence), 0) + 1 FROM audit)
+        BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END
+        """,
+        """
+        CREATE TRIGGER audit_is_not_changed BEFORE UPDATE ON audit
+        BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END
+        """,
+        """
+        CREATE TRIGGER audit_is_not_cut BEFORE DELETE ON audit
+        BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END
+        """,
     ),
 )

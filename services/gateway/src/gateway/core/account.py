@@ -1,6 +1,7 @@
 """What one request has used so far, kept from its arrival to its end, whatever way it ends."""
 
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +26,8 @@ class Account:
     model: str = ""
     stream: bool = False
     grounded: bool | None = None
+    # Ours alone, whatever id the client sent: what the ledger and the generator account this request under.
+    usage_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     answer_headers: dict[str, str] = field(default_factory=dict)  # what is to be said beside the answer, over HTTP
     prompt_text: str = field(default="", repr=False)
     finish_reason: str = ""
@@ -35,6 +38,9 @@ class Account:
     _last_content_s: float = 0.0
     _prompt_tokens: int = 0
     _num_streamed: int = 0
+    _num_started: int = 0
+    _asks_generator: bool = False
+    _left_a_call: bool = False
     _usage: Usage | None = None
     _completion: list[str] = field(default_factory=list, repr=False)
     _completion_chars: int = 0
@@ -66,6 +72,15 @@ class Account:
     def prompt_known(self, num_tokens: int) -> None:
         """The prompt was admitted with so many tokens."""
         self._prompt_tokens += num_tokens
+        self._num_started += 1
+
+    def asks_generator(self) -> None:
+        """From here on the generator may compute tokens for the request, seen or unseen."""
+        self._asks_generator = True
+
+    def left_a_call(self) -> None:
+        """A call of the generator is given up and another takes its place: what is seen of that one is not all."""
+        self._left_a_call = True
 
     def produced(self, num_tokens: int, text: str) -> None:
         """So many tokens came, and this text."""
@@ -88,6 +103,21 @@ class Account:
     def usage(self) -> Usage:
         """The exact usage; before the end, what has been counted so far."""
         return self._usage or Usage(self._prompt_tokens, self._num_streamed)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the usage is all that was used; otherwise the generator knows more than we have seen."""
+        return not self._asks_generator or (self._usage is not None and not self._left_a_call)
+
+    @property
+    def num_started(self) -> int:
+        """Calls of the generator that told their beginning."""
+        return self._num_started
+
+    @property
+    def started_unix_ms(self) -> int:
+        """When the request came."""
+        return self._started_unix_ms
 
     @property
     def ttft_s(self) -> float:
@@ -127,4 +157,6 @@ class Account:
             error_code=self.error_code,
             prompt_text=self.prompt_text[:MAX_KEPT_TEXT_CHARS] if allows_text else "",
             completion_text="".join(self._completion)[:MAX_KEPT_TEXT_CHARS] if allows_text else "",
+            usage_id=self.usage_id,
+            is_exact=self.is_exact,
         )

@@ -30,14 +30,14 @@ class Tuned:
     def __init__(self, base: Sequenced, model: TunedModel) -> None:
         self.name = model.model_id
         self.model = base.model
-        self._base = base
+        self.base = base
         self._model = model
 
     async def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Walks the base's graph; the caller closes it in the task that iterates it."""
         # The generator is asked even where no job has told its end yet: it serves a model a moment before we hear it.
         try:
-            async with aclosing(self._base.run(replace(request, adapter=self.name), deadline)) as events:
+            async with aclosing(self.base.run(replace(request, adapter=self.name), deadline)) as events:
                 async for event in events:
                     yield event
         except PlatformError as error:
@@ -97,6 +97,14 @@ class Catalog:
                 reason="missing_required_parameter",
             )
         return plain[0]
+
+    async def model_behind(self, name: str, tenant: str) -> tuple[str, bool]:
+        """The generator's model whose tokens the answer is made of, and whether it reads the prompt as it is."""
+        graph = await self.graph(name, tenant)
+        if isinstance(graph, Tuned):
+            graph = graph.base
+        assert isinstance(graph, Sequenced)
+        return graph.model, graph.is_plain
 
     async def check_answers(self, name: str, tenant: str) -> None:
         """Raises NOT_FOUND unless the tenant can ask the model, or will be able to in a moment."""

@@ -63,6 +63,7 @@ class GraphRequest:
     collection: str | None = None  # None: the one that the graph declares
     adapter: str = ""  # the adapter that its model answers through, where the graph is a plain one
     priority: int = 0  # scheduling class in the generator: higher runs first
+    usage_id: str = ""  # what the generator accounts it under; Serving fills it in
 
 
 @dataclass(frozen=True, slots=True)

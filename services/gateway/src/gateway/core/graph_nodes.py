@@ -104,6 +104,7 @@ def _generation(model: str, request: GraphRequest) -> Generation:
         grammar=request.grammar,
         adapter=request.adapter,
         priority=request.priority,
+        usage_id=request.usage_id,
     )
 
 

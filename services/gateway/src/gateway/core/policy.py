@@ -6,6 +6,7 @@ A key's policy and its tenant's both hold: the narrower one decides. Knows nothi
 import json
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from typing import Any
 
 
@@ -50,11 +51,19 @@ class Policy:
     """None and () restrict nothing."""
 
     scopes: frozenset[str] | None = None  # groups of routes, see api
-    models: frozenset[str] | None = None
+    models: frozenset[str] | None = None  # names, or patterns with *
     limits: tuple[Limit, ...] = ()
     budget: Budget | None = None
     priority: int = 0  # class of admission: higher goes first
     caches: bool = False  # repeated requests may be answered from the exact cache
+
+    def allows_model(self, model: str) -> bool:
+        """Says whether a model may be asked: by its name, or by a pattern such as `smollm2-135m-instruct:*`."""
+        return self.models is None or any(fnmatchcase(model, pattern) for pattern in self.models)
+
+    def allows_scope(self, scope: str) -> bool:
+        """Says whether a group of routes may be used."""
+        return self.scopes is None or scope in self.scopes
 
     def to_json(self) -> str:
         """Writes it down; what restricts nothing is left out."""

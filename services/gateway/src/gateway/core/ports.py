@@ -3,7 +3,6 @@
 Knows nothing of SQLite, Valkey or HTTP. The concrete classes live in backends/ and are joined in main.py.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,6 +20,14 @@ class Principal:
     allows_text: bool = False  # the tenant lets its prompts and completions be profiled
     policy: Policy = UNRESTRICTED  # the key's own
     tenant_policy: Policy = UNRESTRICTED
+
+    def may_ask(self, model: str) -> bool:
+        """Says whether key and tenant both allow a model."""
+        return self.policy.allows_model(model) and self.tenant_policy.allows_model(model)
+
+    def has_scope(self, scope: str) -> bool:
+        """Says whether key and tenant both allow a group of routes."""
+        return self.policy.allows_scope(scope) and self.tenant_policy.allows_scope(scope)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,8 @@ class RequestRecord:
     error_code: str = ""
     prompt_text: str = field(default="", repr=False)
     completion_text: str = field(default="", repr=False)
+    usage_id: str = ""  # the account's; one that was written already is not written again
+    is_exact: bool = True  # False: the generator could not be asked, and this is what was received
 
 
 class Keys(Protocol):
@@ -80,13 +89,5 @@ class Ledger(Protocol):
     """Writes what was used."""
 
     async def record(self, record: RequestRecord) -> None:
-        """Writes the usage row and the event to publish in one transaction; durable when it returns."""
-        ...
-
-
-class UsageReport(Protocol):
-    """Reads what was used."""
-
-    async def totals(self) -> list[Mapping[str, object]]:
-        """Sums by tenant, key and model."""
+        """Writes what was used, once for each usage id, and strikes off the start record; durable when it returns."""
         ...

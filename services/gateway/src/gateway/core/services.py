@@ -93,6 +93,7 @@ class Generation:
     grammar: Grammar | ToolCalls | None = None
     adapter: str = ""  # answers through it; empty: the model itself
     priority: int = 0  # higher runs first
+    usage_id: str = ""  # what it is accounted under; several calls may share one
 
 
 @dataclass(frozen=True, slots=True)

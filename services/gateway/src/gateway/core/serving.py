@@ -6,10 +6,11 @@ nor gRPC, and nothing of what the stages do.
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
+from chassis.errors import Code, PlatformError
 from gateway.core.account import Account
 from gateway.core.catalog import Catalog
 from gateway.core.fanout import merged
@@ -46,16 +47,29 @@ class Serving:
         self._stages = tuple(stages)
 
     async def graph(self, principal: Principal, name: str) -> Graph:
-        """What answers under that name for the sender; raises NOT_FOUND."""
+        """What answers under that name for the sender; raises PERMISSION_DENIED and NOT_FOUND."""
+        self.permit(principal, name)
         return await self._catalog.graph(name, principal.tenant)
 
     async def count_tokens(self, graph: Graph, chat: Chat, deadline: Deadline) -> int:
         """How many tokens a chat is to the graph's model, without running it."""
         return await self._catalog.count_tokens(graph, chat, deadline)
 
+    @staticmethod
+    def permit(principal: Principal, model: str) -> None:
+        """Raises PERMISSION_DENIED where key or tenant do not allow the model, whether it exists or not."""
+        if not principal.may_ask(model):
+            raise PlatformError(
+                Code.PERMISSION_DENIED,
+                f"this key may not use the model {model[:200]!r}; GET /v1/models lists those that it may",
+                param="model",
+                reason="model_not_allowed",
+            )
+
     @asynccontextmanager
     async def hold(self, ask: Ask) -> AsyncIterator[None]:
-        """Holds every stage; raises what a stage raises. For what is no graph: the encoders."""
+        """Holds every stage; raises what a stage raises, and PERMISSION_DENIED. For what is no graph: the encoders."""
+        self.permit(ask.principal, ask.model)
         async with AsyncExitStack() as held:
             for stage in self._stages:
                 await held.enter_async_context(stage.hold(ask))
@@ -70,7 +84,7 @@ class Serving:
 
 
 def _events(ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
-    requests = ask.requests
+    requests = [replace(request, usage_id=ask.account.usage_id) for request in ask.requests]
     if len(requests) == 1:
         return graph.run(requests[0], ask.deadline)
     return merged([partial(graph.run, request, ask.deadline) for request in requests], requests[0].n)

@@ -47,8 +47,7 @@ def _rounded(value: float | None, digits: int) -> float | None:
 
 
 def _count(summary: Summary, model_id: str) -> None:
-    if summary.admitted_s is not None:
-        metrics.TOKENS.labels(SERVICE, model_id, "prompt").inc(summary.num_prompt)
+    metrics.TOKENS.labels(SERVICE, model_id, "prompt").inc(summary.num_prompt_read)
     metrics.TOKENS.labels(SERVICE, model_id, "completion").inc(summary.num_completion)
     metrics.TOKENS.labels(SERVICE, model_id, "cached").inc(summary.num_cached)
     if summary.ttft_s is not None:

@@ -17,8 +17,11 @@ from generator.api.metering import EngineMeter, StepTotals
 from generator.core import requests
 from generator.core.adapters import not_loaded
 from generator.core.engine import Engine
+from generator.core.events import Summary
 from generator.core.library import AdapterLibrary, AdapterOrder
+from generator.core.stream import TokenStream
 from generator.core.text import Tokenizer
+from generator.core.usage import Usage, UsageBook, UsageCall
 
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
 
@@ -50,8 +53,25 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
         self._grammars = grammars
         self._meter = meter
         self._clock = clock
+        self._usage = UsageBook()
 
     async def Generate(self, request: pb.GenerateRequest, rpc: RpcContext) -> AsyncIterator[pb.GenerateResponse]:
+        call = self._usage.begin(request.usage_id)  # before anything is awaited: who closes the id must find the call
+        try:
+            asked, stream = await self._submit(request, rpc, call)
+        except BaseException:
+            call.end(Usage())
+            raise
+        call.runs(stream.cancel)
+        # Whatever way the call ends, this runs at once; a generator's `finally` may wait for its finaliser.
+        rpc.add_done_callback(lambda _: stream.cancel())
+        async for event in stream:
+            yield wire.write_event(event, asked, self._tokenizer)
+
+    async def _submit(
+        self, request: pb.GenerateRequest, rpc: RpcContext, call: UsageCall
+    ) -> tuple[requests.GenerationRequest, TokenStream]:
+        """Hands the request to the engine, which tells its end to the metrics and to the call."""
         adapter = self._adapter(request.model, request.adapter)
         deadline_s = self._deadline(request, rpc)
         prompt_ids = await self._prompt_ids(request)
@@ -62,11 +82,18 @@ class GeneratorServicer(generator_pb2_grpc.GeneratorServiceServicer):
         if adapter:
             requests.check(asked, self._engine.model)  # before anything is loaded for its sake
             await self._library.ensure(adapter, deadline_s)
-        stream = self._engine.submit(asked, lambda summary: accounting.settle(summary, model_id, adapter))
-        # Whatever way the call ends, this runs at once; a generator's `finally` may wait for its finaliser.
-        rpc.add_done_callback(lambda _: stream.cancel())
-        async for event in stream:
-            yield wire.write_event(event, asked, self._tokenizer)
+
+        def settle(summary: Summary) -> None:
+            accounting.settle(summary, model_id, adapter)
+            call.end(Usage.of(summary))
+
+        return asked, self._engine.submit(asked, settle)
+
+    async def CloseUsage(self, request: pb.CloseUsageRequest, rpc: RpcContext) -> pb.CloseUsageResponse:
+        if not request.usage_id:
+            raise PlatformError(Code.INVALID_ARGUMENT, "usage_id must not be empty", param="usage_id")
+        num_calls, usage = await self._usage.close(request.usage_id)
+        return pb.CloseUsageResponse(instance=self._usage.instance, num_calls=num_calls, usage=wire.write_usage(usage))
 
     async def Tokenize(self, request: pb.TokenizeRequest, rpc: RpcContext) -> pb.TokenizeResponse:
         self._adapter(request.model)

@@ -75,7 +75,7 @@ class EngineMeter:
         self._sample_seconds.observe(step.sample_s)
         self._batch.observe(step.num_sequences)
         self._prompt_tokens.inc(step.num_prefill_tokens)
-        self._completion_tokens.inc(step.num_sampled)
+        self._completion_tokens.inc(step.num_entered)  # what the ends of requests add up to
         if step.num_drafts:
             self._accepted.inc(step.num_accepted)
             self._rejected.inc(step.num_drafts - step.num_accepted)

@@ -16,6 +16,7 @@ from generator.core.requests import GenerationRequest, ModelSpec, SamplingParams
 from generator.core.sequences import TokenLogprob
 from generator.core.text import ChatMessage, Vocabulary
 from generator.core.tool_calls import tool_grammar
+from generator.core.usage import Usage
 
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -77,16 +78,21 @@ def write_event(event: Event, request: GenerationRequest, vocabulary: Vocabulary
                 finished=pb.Finished(index=event.index, reason=_REASONS[event.reason], stop_match=event.stop_match)
             )
         case Done(summary=summary):
-            usage = common_pb2.Usage(
-                prompt_tokens=summary.num_prompt,
-                completion_tokens=summary.num_completion,
-                cached_tokens=summary.num_cached,
-            )
             return pb.GenerateResponse(
                 done=pb.Done(
-                    usage=usage, queue_s=summary.queue_s, prefill_s=summary.prefill_s, decode_s=summary.decode_s
+                    usage=write_usage(Usage.of(summary)),
+                    queue_s=summary.queue_s,
+                    prefill_s=summary.prefill_s,
+                    decode_s=summary.decode_s,
                 )
             )
+
+
+def write_usage(usage: Usage) -> common_pb2.Usage:
+    """Returns what was used as a message."""
+    return common_pb2.Usage(
+        prompt_tokens=usage.num_prompt, completion_tokens=usage.num_completion, cached_tokens=usage.num_cached
+    )
 
 
 def write_stats(stats: EngineStats, steps: StepTotals, num_known_adapters: int) -> pb.GetStatsResponse:

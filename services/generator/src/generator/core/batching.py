@@ -263,7 +263,9 @@ class BatchingEngine:
             done = report(step, outcomes, schedule_s, execute_s, self._runner.step_times)
             self._scheduler.pacer.note(done)
             with self._work:
+                before = self._register.num_completion_tokens
                 for work, outcome in zip(step, outcomes, strict=True):
                     self._register.take(work, outcome)
-            self._on_step(done)
+                num_entered = self._register.num_completion_tokens - before
+            self._on_step(replace(done, num_entered=num_entered))
         self._outbox.deliver()

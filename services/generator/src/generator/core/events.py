@@ -62,6 +62,11 @@ class Summary:
     num_accepted: int = 0  # those of them that were right
 
     @property
+    def num_prompt_read(self) -> int:
+        """Tokens of the prompt, or 0 where the request ended before it was admitted: that is what is accounted."""
+        return self.num_prompt if self.admitted_s is not None else 0
+
+    @property
     def queue_s(self) -> float:
         return (self.admitted_s or self.finished_s) - self.arrived_s
 

@@ -111,10 +111,10 @@ class Register:
         """Enters one token. Raises PlatformError where a grammar cannot go on."""
         if active.first_token_s is None:
             active.first_token_s = self._clock()
-        self.num_completion_tokens += 1
         sequence.token_ids.append(sampled.token_id)
         if sequence.matcher is not None:  # first of all: an end token may be all that is left where a mask failed
             sequence.matcher.accept(sampled.token_id)
+        self.num_completion_tokens += 1  # with the completion's own count, also where the matcher raised
         deltas = [completion.add(sampled.token_id, sampled.logprob)]
         if sequence.matcher is not None and completion.reason is None and sequence.matcher.is_done:
             deltas.append(completion.end(FinishReason.STOP))

@@ -27,6 +27,7 @@ class StepReport:
     schedule_s: float
     forward_s: float
     sample_s: float
+    num_entered: int = 0  # tokens that completions got: not what was guessed right past a stop
 
     @property
     def num_positions(self) -> int:

@@ -226,10 +226,12 @@ class JobProgress(_message.Message):
     def __init__(self, job_id: _Optional[str] = ..., status: _Optional[_Union[_common_pb2.JobStatus, str]] = ..., done: _Optional[int] = ..., total: _Optional[int] = ..., error: _Optional[str] = ..., result_json: _Optional[str] = ..., sequence: _Optional[int] = ..., at_unix_ms: _Optional[int] = ...) -> None: ...
 
 class KeysRevoked(_message.Message):
-    __slots__ = ("key_ids",)
+    __slots__ = ("key_ids", "tenants")
     KEY_IDS_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_FIELD_NUMBER: _ClassVar[int]
     key_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, key_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    tenants: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, key_ids: _Optional[_Iterable[str]] = ..., tenants: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RequestCancel(_message.Message):
     __slots__ = ("id", "reason")

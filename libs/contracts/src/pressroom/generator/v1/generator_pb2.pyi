@@ -22,7 +22,7 @@ FINISH_REASON_CANCELLED: FinishReason
 FINISH_REASON_DEADLINE: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "text", "token_ids", "chat", "sampling", "stop", "n", "adapter", "cache_salt", "tenant", "grammar", "logprobs", "prompt_logprobs", "deadline_unix_ms", "priority")
+    __slots__ = ("model", "text", "token_ids", "chat", "sampling", "stop", "n", "adapter", "cache_salt", "tenant", "grammar", "logprobs", "prompt_logprobs", "deadline_unix_ms", "priority", "usage_id")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,7 @@ class GenerateRequest(_message.Message):
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    USAGE_ID_FIELD_NUMBER: _ClassVar[int]
     model: str
     text: str
     token_ids: _common_pb2.TokenIds
@@ -53,7 +54,8 @@ class GenerateRequest(_message.Message):
     prompt_logprobs: int
     deadline_unix_ms: int
     priority: int
-    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., n: _Optional[int] = ..., adapter: _Optional[str] = ..., cache_salt: _Optional[str] = ..., tenant: _Optional[str] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ...) -> None: ...
+    usage_id: str
+    def __init__(self, model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ..., chat: _Optional[_Union[ChatPrompt, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopParams, _Mapping]] = ..., n: _Optional[int] = ..., adapter: _Optional[str] = ..., cache_salt: _Optional[str] = ..., tenant: _Optional[str] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., deadline_unix_ms: _Optional[int] = ..., priority: _Optional[int] = ..., usage_id: _Optional[str] = ...) -> None: ...
 
 class ChatPrompt(_message.Message):
     __slots__ = ("messages", "tools_json")
@@ -233,6 +235,22 @@ class Done(_message.Message):
     prefill_s: float
     decode_s: float
     def __init__(self, usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., decode_s: _Optional[float] = ...) -> None: ...
+
+class CloseUsageRequest(_message.Message):
+    __slots__ = ("usage_id",)
+    USAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    usage_id: str
+    def __init__(self, usage_id: _Optional[str] = ...) -> None: ...
+
+class CloseUsageResponse(_message.Message):
+    __slots__ = ("instance", "num_calls", "usage")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    NUM_CALLS_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    num_calls: int
+    usage: _common_pb2.Usage
+    def __init__(self, instance: _Optional[str] = ..., num_calls: _Optional[int] = ..., usage: _Optional[_Union[_common_pb2.Usage, _Mapping]] = ...) -> None: ...
 
 class TokenizeRequest(_message.Message):
     __slots__ = ("model", "text", "chat")

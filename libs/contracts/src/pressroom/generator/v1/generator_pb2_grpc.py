@@ -60,6 +60,11 @@ class GeneratorServiceStub:
                 request_serializer=pressroom_dot_generator_dot_v1_dot_generator__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=pressroom_dot_generator_dot_v1_dot_generator__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.CloseUsage = channel.unary_unary(
+                '/pressroom.generator.v1.GeneratorService/CloseUsage',
+                request_serializer=pressroom_dot_generator_dot_v1_dot_generator__pb2.CloseUsageRequest.SerializeToString,
+                response_deserializer=pressroom_dot_generator_dot_v1_dot_generator__pb2.CloseUsageResponse.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/pressroom.generator.v1.GeneratorService/GetStats',
                 request_serializer=pressroom_dot_generator_dot_v1_dot_generator__pb2.GetStatsRequest.SerializeToString,
@@ -111,6 +116,15 @@ class GeneratorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CloseUsage(self, request, context):
+        """Ends what still runs under a usage id on this replica, waits for its end and tells what all calls under that id used
+        here. From then on a call under the id is refused (FAILED_PRECONDITION), so that the number is final.
+        DEADLINE_EXCEEDED: something has not ended yet; ask again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
         """Tells the load of this replica.
         """
@@ -145,6 +159,11 @@ def add_GeneratorServiceServicer_to_server(servicer, server):
                     servicer.UnloadAdapter,
                     request_deserializer=pressroom_dot_generator_dot_v1_dot_generator__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=pressroom_dot_generator_dot_v1_dot_generator__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'CloseUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseUsage,
+                    request_deserializer=pressroom_dot_generator_dot_v1_dot_generator__pb2.CloseUsageRequest.FromString,
+                    response_serializer=pressroom_dot_generator_dot_v1_dot_generator__pb2.CloseUsageResponse.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
@@ -288,6 +307,33 @@ class GeneratorService:
             '/pressroom.generator.v1.GeneratorService/UnloadAdapter',
             pressroom_dot_generator_dot_v1_dot_generator__pb2.UnloadAdapterRequest.SerializeToString,
             pressroom_dot_generator_dot_v1_dot_generator__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pressroom.generator.v1.GeneratorService/CloseUsage',
+            pressroom_dot_generator_dot_v1_dot_generator__pb2.CloseUsageRequest.SerializeToString,
+            pressroom_dot_generator_dot_v1_dot_generator__pb2.CloseUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,
