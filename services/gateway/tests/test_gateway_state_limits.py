@@ -1,16 +1,15 @@
-"""Request limits: one contract for the limiter in memory and the one in Valkey, and what happens when Valkey leaves."""
+"""A key's requests per minute: one contract for the limiter in memory and the one in Valkey, which may leave."""
 
 import asyncio
 import time
 import uuid
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gateway.backends.valkey_limits import ValkeyLimiter
-from gateway.core.limits import Breaker, LocalLimiter
-from gateway.core.ports import LimitState, Principal
+from gateway.core.cooldown import Cooldown
+from gateway.core.limits import LocalLimiter
+from gateway.core.ports import Principal
 from testkit.clock import FakeClock
 from testkit.servers import ValkeyServer, valkey_server
 from testkit.waiting import eventually
@@ -21,9 +20,7 @@ def principal(limit, key_id=None):
 
 
 class LimiterContract:
-    """What every limiter does; a subclass gives `limiter`, whose window lasts window_s."""
-
-    window_s: float
+    """What every limiter does; a subclass gives `limiter`."""
 
     async def test_key_without_limit_is_never_refused(self, limiter):
         state = await limiter.hit(principal(None))
@@ -34,7 +31,7 @@ class LimiterContract:
         states = [await limiter.hit(sender) for _ in range(5)]
         assert [s.allowed for s in states] == [True, True, True, False, False]
         assert [s.remaining for s in states] == [2, 1, 0, 0, 0]
-        assert all(s.limit == 3 and 0 < s.reset_s <= self.window_s for s in states)
+        assert all(s.limit == 3 and 0 < s.reset_s <= 60 for s in states)
 
     async def test_exactly_n_pass_of_many_at_once(self, limiter):
         sender = principal(17)
@@ -53,89 +50,47 @@ class LimiterContract:
         assert (await limiter.hit(principal(3, key_id))).allowed
         assert not (await limiter.hit(principal(1, key_id))).allowed
 
-    async def test_next_window_begins_anew(self, limiter, pass_window):
-        sender = principal(1)
-        assert (await limiter.hit(sender)).allowed
-        assert not (await limiter.hit(sender)).allowed
-        await pass_window()
-        assert (await limiter.hit(sender)).allowed
-
 
 class TestLocalLimiter(LimiterContract):
-    window_s = 60.0
-
     @pytest.fixture
     def clock(self):
         return FakeClock(1000.0)
 
     @pytest.fixture
     def limiter(self, clock):
-        return LocalLimiter(clock=clock, max_keys=100)
+        return LocalLimiter(clock=clock, max_meters=100)
 
-    @pytest.fixture
-    def pass_window(self, clock):
-        async def advance():
-            clock.advance(60.0)
-
-        return advance
+    async def test_next_window_begins_anew(self, limiter, clock):
+        sender = principal(1)
+        assert (await limiter.hit(sender)).allowed
+        assert not (await limiter.hit(sender)).allowed
+        clock.advance(60.0)
+        assert (await limiter.hit(sender)).allowed
 
     async def test_memory_is_bounded(self, limiter):
         for _ in range(500):
             await limiter.hit(principal(5))
-        assert len(limiter._windows) == 100
+        assert len(limiter._counters) == 100
 
-    async def test_takes_over_what_the_shared_limiter_counted(self, limiter):
-        sender = principal(5)
-        limiter.observe(sender.key_id, LimitState(True, 5, 2, 30.0))
-        limiter.observe(sender.key_id, LimitState(True, 5, 3, 30.0))  # an answer that came late
-        states = [await limiter.hit(sender) for _ in range(3)]
-        assert [s.allowed for s in states] == [True, True, False]
-        assert states[0].reset_s == pytest.approx(30.0)
-
-
-@given(
-    limit=st.integers(1, 20),
-    gaps=st.lists(st.floats(0, 40, allow_nan=False), min_size=1, max_size=200),
-)
-@settings(max_examples=100, deadline=None)
-def test_no_window_ever_lets_more_than_n_through(limit, gaps):
-    clock = FakeClock(1000.0)
-    limiter = LocalLimiter(clock=clock)
-    sender = principal(limit)
-    passed: list[float] = []
-    window_end = 0.0
-    for gap in gaps:
-        clock.advance(gap)
-        state = limiter.count(sender)
-        if clock() >= window_end:  # the reference: a window opens with the first hit after the last has ended
-            window_end, passed = clock() + 60.0, []
-        assert state.allowed == (len(passed) < limit)
-        passed += [clock()] if state.allowed else []
-        assert len(passed) <= limit and state.remaining == limit - len(passed)
-        assert state.reset_s == pytest.approx(window_end - clock())
+    async def test_lets_its_share_through_and_at_least_one(self, clock):
+        limiter = LocalLimiter(clock=clock, share=0.25)
+        sender, small = principal(10), principal(1)
+        assert sum([(await limiter.hit(sender)).allowed for _ in range(20)]) == 2
+        assert sum([(await limiter.hit(small)).allowed for _ in range(20)]) == 1
 
 
 @pytest.mark.integration
 class TestValkeyLimiter(LimiterContract):
-    window_s = 1.0
-
     @pytest.fixture
     async def limiter(self, valkey: ValkeyServer):
         # A generous time-out: this contract is about counting, and the machine may be busy.
-        connected = ValkeyLimiter.connect(valkey.url, window_s=self.window_s, timeout_s=2.0)
+        connected = ValkeyLimiter.connect(valkey.url, timeout_s=2.0)
         yield connected
         await connected.close()
 
-    @pytest.fixture
-    def pass_window(self):
-        async def wait():
-            await asyncio.sleep(1.05)  # Valkey's clock is its own
-
-        return wait
-
     async def test_two_gateways_share_a_count(self, limiter, valkey):
-        other = ValkeyLimiter.connect(valkey.url, window_s=30.0, timeout_s=2.0)
-        first = ValkeyLimiter.connect(valkey.url, window_s=30.0, timeout_s=2.0)
+        other = ValkeyLimiter.connect(valkey.url, timeout_s=2.0)
+        first = ValkeyLimiter.connect(valkey.url, timeout_s=2.0)
         sender = principal(40)
         states = await asyncio.gather(*((first if i % 2 else other).hit(sender) for i in range(100)))
         assert sum(s.allowed for s in states) == 40
@@ -146,8 +101,8 @@ class TestValkeyLimiter(LimiterContract):
     async def test_window_is_cleaned_up(self, limiter, valkey):
         sender = principal(1)
         await limiter.hit(sender)
-        key = f"pressroom:rpm:{sender.key_id}"
-        assert 0 < await limiter._client.pttl(key) <= 2000
+        key = f"pressroom:rpm:{{acme}}:{sender.key_id}"
+        assert 0 < await limiter._client.pttl(key) <= 62_000
 
 
 @pytest.mark.integration
@@ -204,7 +159,7 @@ async def _counts_in_valkey(limiter):
 
 def test_open_breaker_permits_one_try_per_cooldown_and_waits_longer_each_time():
     clock = FakeClock(100.0)
-    breaker = Breaker(cooldown_s=1.0, max_cooldown_s=4.0, clock=clock)
+    breaker = Cooldown(cooldown_s=1.0, max_cooldown_s=4.0, clock=clock)
     assert breaker.permits() and breaker.failed() and breaker.is_open
     assert not breaker.permits()
     waits = []

@@ -104,7 +104,7 @@ async def running(data_dir, nats_url, valkey_url):
         bus = NatsBus.connect(nats_url, "gateway", subjects.STREAMS)
         stack.push_async_callback(bus.close)
         generator, embedder = GrpcGenerator(channel), GrpcEmbedder(channel)
-        usages = GeneratorUsage(address)
+        usages = GeneratorUsage([address])
         stack.push_async_callback(usages.close)
         services = Services(generator, embedder, GrpcRetriever(channel), telemetry.tracer().start_as_current_span)
         state = await open_state(

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from functools import partial
 
 import grpc.aio
 
@@ -11,13 +12,11 @@ from chassis.nats_bus import NatsBus
 from chassis.settings import EXIT_BAD_CONFIGURATION, load_settings
 from contracts.subjects import STREAMS
 from gateway.api.http import Limits, make_app
-from gateway.backends.embedder import GrpcEmbedder
-from gateway.backends.generator import GrpcGenerator
 from gateway.backends.generator_usage import GeneratorUsage
 from gateway.backends.graph_files import Declaration, Services, assemble, read_graphs
 from gateway.backends.oidc import OidcVerifier, PublicKeySet, Trust, public_keys, reads_file, reads_url
-from gateway.backends.retriever import GrpcRetriever
 from gateway.core.graph import GraphError, Sequenced
+from gateway.flow import Flow, open_flow
 from gateway.settings import GatewaySettings
 from gateway.state import Peers, State, open_state
 
@@ -29,9 +28,12 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
     """Joins state, graphs and routes. What it calls may be away: nothing is waited for."""
     bus = NatsBus.connect(settings.nats_url, "gateway", STREAMS)
     app.on_close(bus.close)
-    peers = _open_peers(app, settings)
+    retriever = _open_channel(app, settings.retriever_addr)
+    flow = open_flow(settings, retriever, partial(_open_channel, app))
+    app.set_queue_depth(flow.num_waiting)
+    peers = _open_peers(app, settings, flow, retriever)
     span = telemetry.tracer().start_as_current_span
-    services = Services(peers.generator, peers.embedder, GrpcRetriever(peers.retriever), span)
+    services = Services(flow.generator, flow.embedder, flow.retriever, span)
     state = await _open_state(app, settings, bus, assemble(declarations, services), peers)
     app.mount_http(
         make_app(
@@ -51,14 +53,15 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
     )
 
 
-def _open_peers(app: App, settings: GatewaySettings) -> Peers:
-    usages = GeneratorUsage(settings.generator_addr)
+def _open_peers(app: App, settings: GatewaySettings, flow: Flow, retriever: grpc.aio.Channel) -> Peers:
+    usages = GeneratorUsage(settings.generator_addr.split(","))
     app.on_close(usages.close)
     return Peers(
-        generator=GrpcGenerator(_open_channel(app, settings.generator_addr)),
+        generator=flow.generator,
         usages=usages,
-        embedder=GrpcEmbedder(_open_channel(app, settings.embedder_addr)),
-        retriever=_open_channel(app, settings.retriever_addr),
+        embedder=flow.embedder,
+        admission=flow.admission,
+        retriever=retriever,
         trainer=_open_channel(app, settings.trainer_addr),
         evaluator=_open_channel(app, settings.evaluator_addr),
         monitor=_open_channel(app, settings.monitor_addr),
@@ -88,6 +91,7 @@ async def _open_state(
         max_upload_bytes=settings.max_upload_bytes,
         max_tenant_upload_bytes=settings.max_tenant_upload_bytes,
         request_timeout_s=settings.request_timeout_s,
+        local_limit_share=settings.local_limit_share,
         bus=bus,
         graphs=graphs,
         peers=peers,

@@ -8,6 +8,7 @@ from chassis.settings import ServiceSettings, settings_config
 
 _ADDRESS = r"^[^\s:/]+:\d{1,5}$"
 _JWKS_URL = r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])"
+_ADDRESSES = r"^[^\s:/,]+:\d{1,5}(,[^\s:/,]+:\d{1,5})*$"
 _GRAPHS_DIR = Path(__file__).with_name("graphs")
 
 
@@ -18,11 +19,21 @@ class GatewaySettings(ServiceSettings):
 
     embedder_addr: str = Field(pattern=_ADDRESS, description="host:port of the embedder's gRPC server.")
     retriever_addr: str = Field(pattern=_ADDRESS, description="host:port of the retriever's gRPC server.")
-    generator_addr: str = Field(pattern=_ADDRESS, description="host:port of the generator's gRPC server.")
+    generator_addr: str = Field(
+        pattern=_ADDRESSES,
+        description="host:port of the generator's gRPC server; several, with commas, are replicas that are left alone "
+        "one by one while they fail.",
+    )
     monitor_addr: str = Field(pattern=_ADDRESS, description="host:port of the monitor's gRPC server.")
     trainer_addr: str = Field(pattern=_ADDRESS, description="host:port of the trainer's gRPC server.")
     evaluator_addr: str = Field(pattern=_ADDRESS, description="host:port of the evaluator's gRPC server.")
     valkey_url: SecretStr = Field(description="redis:// URL of the rate-limit counters, with the password in it.")
+    local_limit_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Part of each limit that this process lets through while Valkey is away: 1 over the replicas.",
+    )
     data_dir: Path = Field(description="Folder of the database and of uploaded files.")
     key_pepper: SecretStr = Field(min_length=16, description="Secret that access keys are hashed with.")
     bootstrap_api_key: SecretStr | None = Field(
@@ -31,6 +42,24 @@ class GatewaySettings(ServiceSettings):
     bootstrap_admin_key: SecretStr | None = Field(None, description="Full key of an admin, made at the start.")
     graphs_dir: Path = Field(_GRAPHS_DIR, description="Folder with the declarations of the graphs (*.yaml).")
     request_timeout_s: float = Field(300.0, gt=0, le=3600, description="Most seconds that one request may take.")
+    max_running: int = Field(
+        32,
+        ge=1,
+        le=4096,
+        description="Sequences that the generator is given at once, to begin with: as many as fit into its batch.",
+    )
+    most_running: int = Field(
+        256, ge=1, le=4096, description="Sequences that it is given at most, where it begins with all at once."
+    )
+    max_waiting: int = Field(
+        512, ge=1, le=65536, description="Requests that may wait for their turn, for each backend; more are refused."
+    )
+    max_wait_s: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="Longest wait for a turn, in seconds; who would wait longer is refused at once.",
+    )
     max_body_bytes: int = Field(2 * 1024**2, ge=1024, description="Largest JSON body, in bytes.")
     max_upload_bytes: int = Field(64 * 1024**2, ge=1024, description="Largest uploaded file, in bytes.")
     max_tenant_upload_bytes: int = Field(

@@ -5,7 +5,7 @@ main.py calls open_state once and adds what comes back to the app; it knows noth
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from gateway.backends import events
 from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
 from gateway.backends.evaluator_tasks import EvaluatorTasks
+from gateway.backends.gateway_metrics import count_fallback, count_refusal
 from gateway.backends.monitor_profiles import MonitorProfiles
 from gateway.backends.oidc import OidcVerifier
 from gateway.backends.retriever_documents import RetrieverDocuments
@@ -47,6 +48,7 @@ from gateway.backends.sqlite_finetuning import SqliteEvaluations, SqliteFinetune
 from gateway.backends.sqlite_jobs import SqliteJobs
 from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_ledger import SqliteLedger
+from gateway.backends.sqlite_limits import SqliteLimits
 from gateway.backends.sqlite_outbox import SqliteOutbox
 from gateway.backends.sqlite_prices import SqlitePrices
 from gateway.backends.sqlite_schema import MIGRATIONS
@@ -62,10 +64,13 @@ from gateway.core.finetuning import Finetuning
 from gateway.core.graph import Sequenced
 from gateway.core.keys import KeyRing
 from gateway.core.ledger import FinalUsages, StartRecords, recover
+from gateway.core.limiting import Limiting, PlatformLimits
+from gateway.core.limits import LocalLimiter
 from gateway.core.ports import Keys, Ledger, RequestLimiter
 from gateway.core.services import Embedder, Generator
-from gateway.core.serving import Serving
+from gateway.core.serving import NoStage, Serving, Stage
 from gateway.core.sizes import RequestSizes
+from gateway.core.sizing import Sizes
 from gateway.core.tokens import Credentials, Tokens
 from gateway.core.uploads import Uploads
 
@@ -83,6 +88,7 @@ class Peers:
     trainer: grpc.aio.Channel
     evaluator: grpc.aio.Channel
     monitor: grpc.aio.Channel
+    admission: Stage = field(default_factory=NoStage)  # leads requests to generator and embedder
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +127,7 @@ async def open_state(
     graphs: Mapping[str, Sequenced],
     peers: Peers,
     oidc: OidcVerifier | None = None,
+    local_limit_share: float = 1.0,
 ) -> State:
     """Opens the database (migrating it), the file folder and the Valkey client, and upserts the bootstrap keys.
 
@@ -129,7 +136,7 @@ async def open_state(
     files_dir = data_dir / "files"
     await asyncio.to_thread(_make_directories, data_dir, files_dir)
     database = await Database.open(data_dir / "gateway.db", MIGRATIONS)
-    limiter = ValkeyLimiter.connect(valkey_url)
+    limiter = ValkeyLimiter.connect(valkey_url, local=LocalLimiter(share=local_limit_share))
 
     outbox = SqliteOutbox(database)
     ledger = SqliteLedger(database, outbox, events.request_completed)
@@ -146,7 +153,15 @@ async def open_state(
     administration = Administration(book, pepper, keys, control)
     library = Library(files, documents, jobs, index, control, events.ingest_job)
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
-    serving = Serving(catalog, stages=(StartRecords(ledger, RequestSizes(catalog, peers.generator)),))
+    platform_limits = PlatformLimits(SqliteLimits(database))
+    await platform_limits.refresh()
+    limiting = Limiting(limiter, Sizes(graphs, peers.generator, peers.embedder), platform_limits, count_refusal)
+    serving = Serving(
+        catalog,
+        stages=(limiting, StartRecords(ledger, RequestSizes(catalog, peers.generator))),
+        admission=peers.admission,
+        on_fallback=count_fallback,
+    )
     finetuning = Finetuning(finetunes, kept, TrainerRuns(peers.trainer), events.train_job)
     evaluations = Evaluations(
         SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job
@@ -205,6 +220,8 @@ async def open_state(
             ("revoked-keys", RevocationListener(bus, keys).listen),
             ("left-requests", partial(recover, ledger, ledger, peers.usages)),
             *((("token-keys", oidc.run),) if oidc else ()),
+            ("limiter", limiter.run),
+            ("platform-limits", platform_limits.run),
         ),
         close=close,
     )

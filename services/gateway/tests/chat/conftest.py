@@ -18,6 +18,9 @@ from gateway.api.settlement import Recorder
 from gateway.backends.graph_files import Services, assemble, read_graphs
 from gateway.core.catalog import Catalog
 from gateway.core.finetuning import TunedModel
+from gateway.core.limiting import Limiting, PlatformLimits
+from gateway.core.limits import LocalLimiter
+from gateway.core.policy import Limit
 from gateway.core.ports import LimitState, Principal, RequestRecord
 from gateway.core.services import (
     Chat,
@@ -36,7 +39,8 @@ from gateway.core.services import (
     TopLogprob,
     Usage,
 )
-from gateway.core.serving import Serving
+from gateway.core.serving import NoStage, Serving, Stage
+from gateway.core.sizing import Sizes
 from testkit import free_port
 
 GRAPHS_DIR = Path(__file__).parents[2] / "src" / "gateway" / "graphs"
@@ -66,10 +70,15 @@ class FakeGenerator:
     context_length: int = CONTEXT_LENGTH
     script: str | None = None  # says this, three characters a token, and knows grammars
     stop_match: str = ""  # what ended the script
+    timeouts_s: list[float] = field(default_factory=list)
+    next_errors: list[Exception] = field(default_factory=list)  # what the next calls fail with, at once
 
     async def generate(self, call: Generation, *, timeout_s: float) -> AsyncGenerator[GenerationEvent]:
         assert timeout_s > 0
         self.calls.append(call)
+        self.timeouts_s.append(timeout_s)
+        if self.next_errors:
+            raise self.next_errors.pop(0)
         if call.model != "smollm2-135m-instruct":
             raise PlatformError(Code.NOT_FOUND, "unknown model", param="model", reason="model_not_found")
         if call.adapter and call.adapter not in self.adapters:
@@ -177,6 +186,9 @@ class FakeEmbedder:
             )
         return Embedded(tuple([count / 8, 0.5, -0.25][: dimensions or 3] for count in counts), sum(counts))
 
+    async def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float) -> Sequence[int]:
+        return [len(text.split()) for text in texts]
+
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:
         return [ServedModel("all-minilm-l6-v2", 1_600_000_000)]
 
@@ -212,10 +224,11 @@ class FakeTunedModels:
 class FakeKeys:
     """Two keys; the second may send two requests."""
 
-    principals = {  # noqa: RUF012
-        KEY: Principal("one", "acme", allows_text=True),
-        LIMITED_KEY: Principal("two", "other", requests_per_minute=2),
-    }
+    def __init__(self) -> None:
+        self.principals = {
+            KEY: Principal("one", "acme", allows_text=True),
+            LIMITED_KEY: Principal("two", "other", requests_per_minute=2),
+        }
 
     async def authenticate(self, key: str) -> Principal:
         try:
@@ -236,6 +249,19 @@ class FakeLimiter:
             return LimitState(True, None, 0, 0.0)
         count = self._hits[principal.key_id] = self._hits.get(principal.key_id, 0) + 1
         return LimitState(count <= limit, limit, max(0, limit - count), 61.5)
+
+
+class FakeLimitStore:
+    """The platform's limits."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Limit, ...] = ()
+
+    async def limits(self) -> tuple[Limit, ...]:
+        return self.kept
+
+    async def set_limits(self, limits: Sequence[Limit]) -> None:
+        self.kept = tuple(limits)
 
 
 class FakeLedger:
@@ -263,6 +289,9 @@ class World:
     ledger: FakeLedger
     tuned: FakeTunedModels
     catalog: Catalog
+    keys: FakeKeys
+    limiter: LocalLimiter
+    platform_limits: PlatformLimits
 
     def client(self, key: str | None = KEY) -> httpx.AsyncClient:
         """An HTTP client that talks to the application in this process."""
@@ -282,21 +311,41 @@ def limited_key() -> str:
 
 
 @pytest.fixture
-def world() -> World:
+def keys() -> FakeKeys:
+    return FakeKeys()
+
+
+@pytest.fixture
+def graphs_dir() -> Path:
+    """Of the graphs that the application serves; a test module may give its own."""
+    return GRAPHS_DIR
+
+
+@pytest.fixture
+def admission() -> Stage:
+    """The last stage of the application; a test module may give its own."""
+    return NoStage()
+
+
+@pytest.fixture
+def world(keys: FakeKeys, graphs_dir: Path, admission: Stage) -> World:
     generator, embedder, retriever, ledger = FakeGenerator(), FakeEmbedder(), FakeRetriever(), FakeLedger()
     tuned = FakeTunedModels()
     services = Services(generator, embedder, retriever, tracer().start_as_current_span)
-    catalog = Catalog(assemble(read_graphs(GRAPHS_DIR), services), generator, embedder, tuned)
+    graphs = assemble(read_graphs(graphs_dir), services)
+    catalog = Catalog(graphs, generator, embedder, tuned)
+    limiter, platform_limits = LocalLimiter(), PlatformLimits(FakeLimitStore())
+    limiting = Limiting(limiter, Sizes(graphs, generator, embedder), platform_limits, lambda meter: None)
     app = make_app(
         catalog=catalog,
-        serving=Serving(catalog),
+        serving=Serving(catalog, stages=(limiting,), admission=admission),
         embedder=embedder,
-        keys=FakeKeys(),
+        keys=keys,
         limiter=FakeLimiter(),
         recorder=Recorder(ledger),
         limits=Limits(timeout_s=30.0, max_body_bytes=64 * 1024, max_upload_bytes=1024 * 1024),
     )
-    return World(app, generator, embedder, retriever, ledger, tuned, catalog)
+    return World(app, generator, embedder, retriever, ledger, tuned, catalog, keys, limiter, platform_limits)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from chassis.errors import PlatformError
 from gateway.api import anthropic_errors
 from gateway.api.grounding import grounding_fields
 from gateway.api.inference import NAMED_EVENTS, JsonObject
-from gateway.core.graph import GraphEvent, Grounding
+from gateway.core.graph import Answering, GraphEvent, Grounding
 from gateway.core.services import Delta, Done, Finished, Started, Usage
 from gateway.core.tool_calls import Arguments, CallBegun, Piece, ToolCallReader
 
@@ -58,6 +58,8 @@ class MessageRendering:
                     yield from self._grow(piece)
                 yield from self._close()
                 self._stopped(event)
+            case Answering():
+                self._model = event.model
             case Grounding():
                 self._grounding = event
             case Done():

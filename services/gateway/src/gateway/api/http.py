@@ -13,6 +13,7 @@ from gateway.api.anthropic_messages import messages_router
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, Permission, RateLimit
 from gateway.api.middleware_account import Accounting
+from gateway.api.middleware_wishes import Wishes
 from gateway.api.openai_chat import chat_router
 from gateway.api.openai_completions import completions_router
 from gateway.api.openai_embeddings import embeddings_router
@@ -67,7 +68,7 @@ def make_app(
     api_routes = [route for router in all_routers for route in router.routes if isinstance(route, APIRoute)]
     errors.install(routes, api_routes)
     openapi.install(routes, api_routes)
-    # From the outside in: the frame, the key, the account, the limit, the scopes, the size, the routes.
+    # From the outside in: the frame, the key, the account, the limit, the scopes, the wishes, the size, the routes.
     capped = BodyCap(routes, max_body_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
-    accounted = Accounting(RateLimit(Permission(capped), limiter=limiter), recorder=recorder)
+    accounted = Accounting(RateLimit(Permission(Wishes(capped)), limiter=limiter), recorder=recorder)
     return RequestFrame(Authentication(accounted, keys=keys, open_app=routes), timeout_s=limits.timeout_s)

@@ -6,16 +6,32 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from gateway.api.identity import require_admin
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import COUNT, FLAG, TEXT, nullable, page, record
 from gateway.core.audit import START, AuditFilter, AuditLog, AuditRow, read_anchor
 
 Filter = Annotated[str | None, Query(max_length=128)]
+
+_CHANGE = record(
+    {
+        "sequence": COUNT,
+        "at_unix_ms": COUNT,
+        "actor": TEXT,
+        "action": TEXT,
+        "subject": TEXT,
+        "details": {},
+        "previous_hash": TEXT,
+        "hash": TEXT,
+    }
+)
 
 
 def audit_router(log: AuditLog) -> APIRouter:
     """Makes GET /admin/audit and GET /admin/audit/verify."""
     router = APIRouter()
 
-    @router.get("/admin/audit")
+    @router.get("/admin/audit", response_model=None)
+    @documented(page(_CHANGE))
     async def list_changes(
         request: Request,
         actor: Filter = None,
@@ -29,7 +45,8 @@ def audit_router(log: AuditLog) -> APIRouter:
         found = await log.newest(AuditFilter(actor, action, subject), limit=limit + 1, before=before)
         return {"object": "list", "data": [_shape(row) for row in found[:limit]], "has_more": len(found) > limit}
 
-    @router.get("/admin/audit/verify")
+    @router.get("/admin/audit/verify", response_model=None)
+    @documented(record({"ok": FLAG, "broken_at": nullable(COUNT), "problem": nullable(TEXT), "anchor": TEXT}))
     async def verify(request: Request, anchor: Annotated[str | None, Query(max_length=100)] = None) -> dict[str, Any]:
         """Walks the chain; with the anchor of an earlier day it also finds a chain that was cut or written anew."""
         require_admin(request)

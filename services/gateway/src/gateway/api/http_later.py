@@ -23,5 +23,5 @@ def later_router() -> APIRouter:
         raise PlatformError(Code.UNIMPLEMENTED, message, reason="not_implemented")
 
     for method, path in _NOT_YET:
-        router.add_api_route(path, not_yet, methods=[method], include_in_schema=False)
+        router.add_api_route(path, not_yet, methods=[method], response_model=None, include_in_schema=False)
     return router

@@ -14,8 +14,10 @@ from chassis.errors import Code, PlatformError
 from gateway.api.csv_stream import csv_page
 from gateway.api.identity import principal_of, require_admin
 from gateway.api.json_body import Body, read_json
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import COUNT, NUMBER, TEXT, array, one_of, record
 from gateway.core.money import Price, PriceEntry, PriceList
-from gateway.core.usage_reports import MAX_GROUPS, TOTALS, Group, Selection, UsageReports
+from gateway.core.usage_reports import FIGURES, MAX_GROUPS, TOTALS, Group, Selection, UsageReports
 
 _PAGE_ROWS = 2_000  # some milliseconds to read and to write; between two pages others have their turn
 _CSV = "text/csv; charset=utf-8; header=present"
@@ -40,11 +42,24 @@ class NewPrice(Body):
     effective_from: Annotated[int, Field(ge=0, le=253_402_300_799)] | None = None  # Unix seconds; default: now
 
 
+_SUMS = record({"object": one_of("list"), "data": array(record(dict.fromkeys(FIGURES, COUNT)))})
+_PRICE = record(
+    {
+        "model": TEXT,
+        "input_micros": COUNT,
+        "cached_input_micros": COUNT,
+        "output_micros": COUNT,
+        "effective_from": NUMBER,
+    }
+)
+
+
 def usage_router(usage: UsageReports, prices: PriceList) -> APIRouter:
     """The routes."""
     router = APIRouter()
 
-    @router.get("/admin/usage")
+    @router.get("/admin/usage", response_model=None)
+    @documented(_SUMS, stream="text/csv")
     async def sums(
         request: Request,
         group_by: Annotated[str, Query(max_length=64)] = "",
@@ -60,7 +75,8 @@ def usage_router(usage: UsageReports, prices: PriceList) -> APIRouter:
         groups = _groups(group_by, Group) or TOTALS
         return await _sums(usage, groups, _selection(tenant, key, model, first, last), wanted)
 
-    @router.get("/admin/usage/rows")
+    @router.get("/admin/usage/rows", response_model=None)
+    @documented(media_type="text/csv")
     async def rows(
         request: Request,
         tenant: Filter = None,
@@ -74,7 +90,8 @@ def usage_router(usage: UsageReports, prices: PriceList) -> APIRouter:
         lines = _row_pages(usage, _selection(tenant, key, model, first, last))
         return StreamingResponse(lines, media_type=_CSV, headers=_attachment("usage-rows"))
 
-    @router.get("/v1/usage")
+    @router.get("/v1/usage", response_model=None)
+    @documented(_SUMS, stream="text/csv")
     async def own(
         request: Request,
         group_by: Annotated[str, Query(max_length=64)] = "",
@@ -89,12 +106,14 @@ def usage_router(usage: UsageReports, prices: PriceList) -> APIRouter:
         selection = _selection(principal.tenant, principal.key_id, model, first, last)
         return await _sums(usage, groups, selection, wanted)
 
-    @router.get("/admin/prices")
+    @router.get("/admin/prices", response_model=None)
+    @documented(record({"object": one_of("list"), "data": array(_PRICE)}))
     async def list_prices(request: Request) -> dict[str, Any]:
         require_admin(request)
         return {"object": "list", "data": [_price_shape(entry) for entry in await prices.all()]}
 
-    @router.put("/admin/prices")
+    @router.put("/admin/prices", response_model=None)
+    @documented(_PRICE, body=NewPrice)
     async def put_price(request: Request) -> dict[str, Any]:
         require_admin(request)
         body = await read_json(request, NewPrice)

@@ -10,11 +10,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chassis import context
 from chassis.errors import Code, PlatformError
 from gateway.api.scopes import require_scope
-from gateway.core.ports import Keys, LimitState, RequestLimiter
+from gateway.core.limit_answers import say_request_limit
+from gateway.core.ports import Keys, RequestLimiter
 
 _MAX_KEY_CHARS = 256
 _MAX_TOKEN_CHARS = 8192  # a signed token is longer than any key
-_NO_LIMIT = 2**53 - 1  # JavaScript's largest safe integer
 _PROTECTED = frozenset({"/v1", "/admin", "/generate", "/rerank"})
 _UPLOADS = ("/v1/documents", "/v1/files")
 
@@ -79,11 +79,7 @@ def _malformed() -> PlatformError:
 
 
 class RateLimit:
-    """Counts every request of a key that has a limit, and says so in OpenAI's headers.
-
-    Where there is no limit (a key without one; tokens, so far) the headers say the largest number that every client
-    can read.
-    """
+    """Counts every request of a key that has a limit, and says so in its answer's headers."""
 
     def __init__(self, app: ASGIApp, *, limiter: RequestLimiter) -> None:
         self._app = app
@@ -92,7 +88,7 @@ class RateLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on, or raises RATE_LIMITED."""
         state = await self._limiter.hit(scope["state"]["principal"])
-        scope["state"]["answer_headers"] |= _limit_headers(state)
+        say_request_limit(scope["state"]["answer_headers"], state)
         if not state.allowed:
             raise PlatformError(
                 Code.RATE_LIMITED,
@@ -101,26 +97,6 @@ class RateLimit:
                 retry_after_s=state.reset_s,
             )
         await self._app(scope, receive, send)
-
-
-def _limit_headers(state: LimitState) -> dict[str, str]:
-    is_limited = state.limit is not None
-    return {
-        "x-ratelimit-limit-requests": str(state.limit if is_limited else _NO_LIMIT),
-        "x-ratelimit-remaining-requests": str(state.remaining if is_limited else _NO_LIMIT),
-        "x-ratelimit-reset-requests": _duration(state.reset_s),
-        "x-ratelimit-limit-tokens": str(_NO_LIMIT),
-        "x-ratelimit-remaining-tokens": str(_NO_LIMIT),
-        "x-ratelimit-reset-tokens": _duration(0),
-    }
-
-
-def _duration(seconds: float) -> str:
-    """Writes a duration as OpenAI does: 250ms, 6s, 1m0s."""
-    if seconds < 1:
-        return f"{max(0, math.ceil(seconds * 1000))}ms"
-    whole = math.ceil(seconds)
-    return f"{whole}s" if whole < 60 else f"{whole // 60}m{whole % 60}s"
 
 
 class Permission:

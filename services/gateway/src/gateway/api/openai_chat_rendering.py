@@ -10,7 +10,7 @@ from gateway.api.inference import DataEvents, JsonObject
 from gateway.api.openai_logprobs import chat_logprobs
 from gateway.api.openai_params import usage_object
 from gateway.api.openai_tools import ToolCallRendering
-from gateway.core.graph import GraphEvent, Grounding
+from gateway.core.graph import Answering, GraphEvent, Grounding
 from gateway.core.services import Delta, Done, Finished, Started, TokenLogprob, Usage
 
 
@@ -101,6 +101,8 @@ class ChatRendering(DataEvents):
                 yield self._chunk(event.index, {}, None, choice.finish_reason) | self._grounded()
             case Grounding():
                 self._grounding = event
+            case Answering():
+                self._model = event.model
             case Done():
                 self._usage = event.usage
                 if self._include_usage:

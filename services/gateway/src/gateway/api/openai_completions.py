@@ -20,7 +20,7 @@ from gateway.api.openai_constraints import ConstrainedBody
 from gateway.api.openai_logprobs import CompletionLogprobs
 from gateway.api.openai_params import MAX_CHOICES, MaxTokensOrNone, SamplingBody, TokenId, usage_object
 from gateway.api.openapi import documented
-from gateway.core.graph import GraphEvent, GraphRequest
+from gateway.core.graph import Answering, GraphEvent, GraphRequest
 from gateway.core.services import Delta, Done, Finished, Started, Usage
 from gateway.core.serving import Serving
 
@@ -152,6 +152,8 @@ class CompletionRendering(DataEvents):
                     text = self._prompt_text(event)
                     for choice in range(event.prompt_index * self._n, (event.prompt_index + 1) * self._n):
                         yield self._grow(choice, text, event)
+            case Answering():
+                self._model = event.model
             case Finished():
                 self._reasons[event.index] = event.reason
                 yield self._chunk(event.index, "", None, event.reason)

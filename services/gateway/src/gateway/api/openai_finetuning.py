@@ -219,7 +219,9 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
         raise PlatformError(Code.UNIMPLEMENTED, message, reason="not_implemented")
 
     for action in ("pause", "resume"):
-        router.add_api_route(_PATH + "/{job_id}/" + action, not_there, methods=["POST"], include_in_schema=False)
+        router.add_api_route(
+            _PATH + "/{job_id}/" + action, not_there, methods=["POST"], response_model=None, include_in_schema=False
+        )
     return router
 
 

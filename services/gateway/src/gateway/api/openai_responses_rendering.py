@@ -9,7 +9,7 @@ from gateway.api import errors
 from gateway.api.grounding import grounding_fields
 from gateway.api.inference import NAMED_EVENTS, JsonObject
 from gateway.api.openai_logprobs import token_logprobs
-from gateway.core.graph import GraphEvent, Grounding
+from gateway.core.graph import Answering, GraphEvent, Grounding
 from gateway.core.services import Delta, Done, Finished, Started, TokenLogprob, Usage
 from gateway.core.tool_calls import Arguments, CallBegun, Piece, ToolCallReader
 
@@ -100,6 +100,8 @@ class ResponseRendering:
                     yield from self._open(_Text())
                 self._status = _STATUSES.get(event.reason, "completed")
                 yield from self._close()
+            case Answering():
+                self._model = event.model
             case Grounding():
                 self._grounding = event
             case Done():

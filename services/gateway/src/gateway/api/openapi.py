@@ -20,6 +20,8 @@ from gateway.api.middleware_access import is_protected
 from gateway.api.openapi_schemas import TEXT, Schema, nullable, record
 
 _TITLE, _VERSION = "Pressroom", "1"
+# As a scheme of its own the second header would have tools send both at once, which is refused.
+_SECURITY = "A key, sk-<id>-<secret>. Without this header the header x-api-key may hold it, as Anthropic's clients do."
 _REF = "#/components/schemas/{model}"
 _DOCUMENTATION = "__documentation__"
 
@@ -90,8 +92,7 @@ def _document(routes: list[APIRoute]) -> dict[str, Any]:
         "headers": _HEADERS,
         "responses": _error_responses("Error", "") | _error_responses("AnthropicError", "Anthropic"),
         "securitySchemes": {
-            "bearer": {"type": "http", "scheme": "bearer", "description": "A key: sk-<id>-<secret>."},
-            "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same key."},
+            "bearer": {"type": "http", "scheme": "bearer", "description": _SECURITY},
         },
     }
     for route, one in said:
@@ -117,7 +118,7 @@ def _complete(
         answers[said.stream] = {"schema": TEXT}
     headers = dict(_ALWAYS)
     if is_protected(path):
-        operation["security"] = [{"bearer": []}, {"apiKey": []}]
+        operation["security"] = [{"bearer": []}]
         headers |= _LIMITS
     good = {"description": "What was asked for.", "headers": headers, "content": answers}
     dialect = "Anthropic" if anthropic_errors.is_spoken({"path": path, "headers": []}) else ""

@@ -34,6 +34,13 @@ class GrpcEmbedder:
             response = await self._stub.Embed(request, timeout=out.timeout_s, metadata=out.metadata)
         return Embedded(tuple(one.values for one in response.embeddings), response.usage.prompt_tokens)
 
+    async def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float) -> Sequence[int]:
+        """Counts the tokens of each text, special ones included."""
+        request = pb.TokenizeRequest(model=model, texts=texts)
+        async with rpc.call("embedder.Tokenize", timeout_s=timeout_s) as out:
+            response = await self._stub.Tokenize(request, timeout=out.timeout_s, metadata=out.metadata)
+        return [len(one.token_ids) + response.num_special_tokens for one in response.texts]
+
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:
         """The encoders of the replica."""
         async with rpc.call("embedder.ListModels", timeout_s=timeout_s) as out:

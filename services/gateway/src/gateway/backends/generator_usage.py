@@ -6,6 +6,7 @@ are asked, each by its address.
 
 import asyncio
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import grpc.aio
@@ -28,10 +29,10 @@ class _Replica:
 
 
 class GeneratorUsage:
-    """Keeps a channel to each replica. Close it at the end."""
+    """Keeps a channel to each replica behind the addresses. Close it at the end."""
 
-    def __init__(self, address: str) -> None:
-        self._address = address
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self._told = tuple(addresses)
         self._replicas: dict[str, _Replica] = {}
 
     async def final(self, usage_id: str, *, timeout_s: float) -> Final:
@@ -75,7 +76,11 @@ class GeneratorUsage:
                 return response
 
     async def _addresses(self, timeout_s: float) -> list[str]:
-        host, _, port = self._address.rpartition(":")
+        found = await asyncio.gather(*(self._looked_up(address, timeout_s) for address in self._told))
+        return sorted(set().union(*found))
+
+    async def _looked_up(self, address: str, timeout_s: float) -> set[str]:
+        host, _, port = address.rpartition(":")
         try:
             async with asyncio.timeout(timeout_s):
                 found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
@@ -83,7 +88,7 @@ class GeneratorUsage:
             message = f"the generator's name cannot be looked up: {error}"
             raise PlatformError(Code.UNAVAILABLE, message, retry_after_s=1.0) from error
         hosts = {(family, str(address[0])) for family, _, _, _, address in found}
-        return sorted(f"[{ip}]:{port}" if family == socket.AF_INET6 else f"{ip}:{port}" for family, ip in hosts)
+        return {f"[{ip}]:{port}" if family == socket.AF_INET6 else f"{ip}:{port}" for family, ip in hosts}
 
     async def _connected(self, addresses: list[str]) -> list[_Replica]:
         for address in addresses:

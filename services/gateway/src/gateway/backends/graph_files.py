@@ -10,9 +10,9 @@ from string import Template
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from gateway.core.graph import Answer, GraphError, Node, Sequenced, SpanFactory, Step, check_sequence
+from gateway.core.graph import Answer, Fallbacks, GraphError, Node, Sequenced, SpanFactory, Step, check_sequence
 from gateway.core.graph_nodes import Encode, Generate, GenerateGrounded, Grounded, Retrieve
 from gateway.core.services import Embedder, Generator, Retriever
 
@@ -128,6 +128,16 @@ class Declaration(_Declared):
     description: str = ""
     block: Literal["sequence"]
     nodes: list[_Node] = Field(min_length=1, max_length=16)
+    fallbacks: list[str] = Field([], max_length=8)  # graphs that answer where this one cannot
+    first_token_timeout_s: float | None = Field(None, gt=0, le=3600)  # after which they do
+
+    @model_validator(mode="after")
+    def _fallbacks_make_sense(self) -> "Declaration":
+        if self.name in self.fallbacks or len(set(self.fallbacks)) != len(self.fallbacks):
+            raise ValueError("fallbacks must be other graphs, each once")
+        if self.first_token_timeout_s is not None and not self.fallbacks:
+            raise ValueError("first_token_timeout_s needs fallbacks")
+        return self
 
 
 def read_graphs(folder: Path) -> list[Declaration]:
@@ -141,6 +151,10 @@ def read_graphs(folder: Path) -> list[Declaration]:
         if graph.name in graphs:
             raise GraphError(f"{file.name}: name: the graph {graph.name!r} is declared twice")
         graphs[graph.name] = graph
+    for graph in graphs.values():
+        for name in graph.fallbacks:
+            if name not in graphs:
+                raise GraphError(f"{graph.name}: fallbacks: there is no graph {name!r}")
     return list(graphs.values())
 
 
@@ -205,7 +219,13 @@ def _assembled(graph: Declaration, services: Services) -> Sequenced:
     assert isinstance(last, _GenerateNode)  # check_sequence saw to it
     steps = [_step(node, services) for node in before]
     return Sequenced(
-        graph.name, graph.description, steps, _answer(last, services.generator), services.span, last.params.model
+        graph.name,
+        graph.description,
+        steps,
+        _answer(last, services.generator),
+        services.span,
+        last.params.model,
+        Fallbacks(tuple(graph.fallbacks), graph.first_token_timeout_s),
     )
 
 

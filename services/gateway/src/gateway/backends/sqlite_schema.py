@@ -280,5 +280,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         CREATE TRIGGER audit_is_not_cut BEFORE DELETE ON audit
         BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END
         """,
+        # The limits that hold for all tenants together.
+        "CREATE TABLE platform_limits (id INTEGER PRIMARY KEY CHECK (id = 1), limits_json TEXT NOT NULL) STRICT",
     ),
 )

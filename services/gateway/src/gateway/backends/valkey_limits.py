@@ -1,70 +1,86 @@
-"""The shared request limiter: one window per key in Valkey, counted by a script with the server's clock.
+"""The shared limiter: all limits of a request are judged by one script in Valkey, with the server's clock.
 
-While Valkey is away or slow a limiter in memory takes over within the time-out, from the counts last seen. Implements
-ports.RequestLimiter; the rule is that of core.limits.
+While Valkey is away or slow a limiter in memory decides within the time-out; it has counted along all the time. What a
+request held is given back in the background, where it was taken. Implements ports.RequestLimiter and meters.Limiter.
 """
 
 import asyncio
+import contextlib
+import itertools
 import logging
+import secrets
 import time
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from gateway.backends.gateway_metrics import LOCAL_DECISIONS
-from gateway.core.limits import UNLIMITED, WINDOW_S, Breaker, LocalLimiter
+from gateway.backends import valkey_scripts
+from gateway.backends.gateway_metrics import LOCAL_DECISIONS, UNSETTLED, count_refusal
+from gateway.core.cooldown import Cooldown
+from gateway.core.limits import UNLIMITED, LocalLimiter, limit_state, requests_per_minute
+from gateway.core.meters import Meter, Standing, Verdict
 from gateway.core.ports import LimitState, Principal
 
 _log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 0.075
 _MAX_CONNECTIONS = 64
+_LEASE_S = 30.0  # after so long what a gateway held that was killed is free again
+_MAX_UNSETTLED = 100_000  # while Valkey is away; what is more is left to its lease
+_SETTLED_AT_ONCE = 64
+_RENEWED_AT_ONCE = 1_000
+_BACKGROUND_TIMEOUT_S = 1.0
+_CLOSE_TIMEOUT_S = 2.0
 
-# Atomic: Valkey runs a script alone. A refused request is not counted. The expiry only cleans up; the window's end is
-# judged by TIME, one clock for all gateways.
-_HIT = """
-local limit, window_ms = tonumber(ARGV[1]), tonumber(ARGV[2])
-local clock = redis.call('TIME')
-local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local kept = redis.call('HMGET', KEYS[1], 'end', 'count')
-local window_end, count = tonumber(kept[1]), tonumber(kept[2])
-if not window_end or not count or window_end <= now or window_end > now + window_ms then
-    window_end, count = now + window_ms, 0
-end
-local allowed = 0
-if count < limit then
-    allowed, count = 1, count + 1
-    redis.call('HSET', KEYS[1], 'end', window_end, 'count', count)
-    redis.call('PEXPIRE', KEYS[1], window_end - now + 1000)
-end
-return {allowed, count, window_end - now}
-"""
+
+@dataclass(frozen=True, slots=True)
+class _Settlement:
+    id: str
+    meters: tuple[Meter, ...]
+    num_tokens: int
+    until_s: float
 
 
 class ValkeyLimiter:
-    """Counts in Valkey, at most timeout_s per hit; falls back to `local`. Made by connect()."""
+    """Counts in Valkey, at most timeout_s per request; falls back to `local`. Made by connect(); needs run()."""
 
     def __init__(
         self,
         client: redis.Redis,
         *,
         local: LocalLimiter | None = None,
-        window_s: float = WINDOW_S,
         timeout_s: float = _TIMEOUT_S,
+        lease_s: float = _LEASE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
-        self._script = client.register_script(_HIT)
-        self._local = local or LocalLimiter(window_s=window_s)
-        self._window_ms = int(window_s * 1000)
+        self._reserve = client.register_script(valkey_scripts.RESERVE)
+        self._settle = client.register_script(valkey_scripts.SETTLE)
+        self._renew = client.register_script(valkey_scripts.RENEW)
+        self._local = local or LocalLimiter()
         self._timeout_s = timeout_s
-        self._breaker = Breaker(clock=clock)
+        self._lease_s = lease_s
+        self._lease_ms = int(lease_s * 1000)
+        self._breaker = Cooldown(clock=clock)
+        self._ids = (f"{prefix}{number}" for prefix in [secrets.token_hex(6)] for number in itertools.count())
+        self._live: dict[str, tuple[Meter, ...]] = {}  # what is held in Valkey, by request
+        self._unsettled: deque[_Settlement] = deque()
+        self._wakes = asyncio.Event()
 
     @classmethod
-    def connect(cls, url: str, *, window_s: float = WINDOW_S, timeout_s: float = _TIMEOUT_S) -> "ValkeyLimiter":
+    def connect(
+        cls,
+        url: str,
+        *,
+        local: LocalLimiter | None = None,
+        timeout_s: float = _TIMEOUT_S,
+        lease_s: float = _LEASE_S,
+    ) -> "ValkeyLimiter":
         """Makes a client for redis://:password@host:port/db. Connects on first use."""
         # redis-py's defaults wait 60 s on a frozen server and retry: every time-out is set and nothing is retried.
         pool = redis.BlockingConnectionPool.from_url(
@@ -76,36 +92,159 @@ class ValkeyLimiter:
             retry=Retry(NoBackoff(), 0),
             client_name="pressroom-gateway",
         )
-        return cls(redis.Redis.from_pool(pool), window_s=window_s, timeout_s=timeout_s)
+        return cls(redis.Redis.from_pool(pool), local=local, timeout_s=timeout_s, lease_s=lease_s)
 
     async def hit(self, principal: Principal) -> LimitState:
         """Counts one request; never raises and never takes longer than its time-out when Valkey is away."""
-        if principal.requests_per_minute is None:
+        meter = requests_per_minute(principal)
+        if meter is None:
             return UNLIMITED
-        if self._breaker.permits():
-            try:
-                async with asyncio.timeout(self._timeout_s):
-                    state = await self._count(principal.key_id, principal.requests_per_minute)
-            except (RedisError, OSError, TimeoutError) as error:
-                if self._breaker.failed():
-                    _log.error("rate limits are counted locally, valkey failed", extra={"error": repr(error)})
-            else:
-                if self._breaker.succeeded():
-                    _log.info("rate limits are counted in valkey again")
-                self._local.observe(principal.key_id, state)
-                return state
-        LOCAL_DECISIONS.inc()
-        return self._local.count(principal)
+        verdict = await self.reserve((meter,), 0, 0)
+        if not verdict.allowed:
+            count_refusal(meter)
+        return limit_state(verdict)
+
+    async def reserve(self, meters: Sequence[Meter], least: int, most: int) -> Verdict:
+        """Judges one request; never raises and never takes longer than its time-out when Valkey is away."""
+        verdict = await self._reserve_shared(meters, least, most)
+        if verdict is None:
+            LOCAL_DECISIONS.inc()
+            verdict = self._local.judge(meters, least, most)
+        else:
+            self._local.follow(verdict)
+        return verdict
+
+    def settle(self, verdict: Verdict, num_tokens: int) -> None:
+        """Gives back here at once, and in Valkey what was taken there as soon as it answers."""
+        self._local.settle(verdict, num_tokens)
+        if verdict.is_shared:
+            self._live.pop(verdict.id, None)
+            self._settle_later(verdict.id, verdict.held, num_tokens)
 
     @property
     def is_shared(self) -> bool:
         """Valkey is in use; False while this process counts alone."""
         return not self._breaker.is_open
 
+    async def run(self) -> None:
+        """Settles, and renews what running requests hold, until cancelled."""
+        renew_at_s = 0.0
+        while True:
+            if renew_at_s <= time.monotonic():
+                renew_at_s = time.monotonic() + self._lease_s / 3
+                await self._try(self._renew_live)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, renew_at_s - time.monotonic())):
+                    await self._wakes.wait()
+            self._wakes.clear()
+            if self._unsettled and not await self._try(self._settle_some):
+                await asyncio.sleep(self._timeout_s)
+            if self._unsettled:
+                self._wakes.set()
+
     async def close(self) -> None:
-        """Closes the connections."""
+        """Settles what is left, if Valkey answers, and closes the connections."""
+        deadline_s = time.monotonic() + _CLOSE_TIMEOUT_S
+        while self._unsettled and time.monotonic() < deadline_s:
+            if not await self._try(self._settle_some):
+                break
         await self._client.aclose()
 
-    async def _count(self, key_id: str, limit: int) -> LimitState:
-        allowed, count, left_ms = await self._script(keys=[f"pressroom:rpm:{key_id}"], args=[limit, self._window_ms])
-        return LimitState(bool(allowed), limit, max(0, limit - count), left_ms / 1000)
+    async def _reserve_shared(self, meters: Sequence[Meter], least: int, most: int) -> Verdict | None:
+        """None while Valkey is away."""
+        if not self._breaker.permits():
+            return None
+        request_id = next(self._ids)
+        held = tuple(meter for meter in meters if meter.is_held)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                answer = await self._reserve(
+                    keys=[meter.name for meter in meters],
+                    args=[request_id, self._lease_ms, least, most, *_args(meters)],
+                )
+        except (RedisError, OSError, TimeoutError) as error:
+            self._note_failure(error)
+            self._settle_later(request_id, held, 0)  # it may have been carried out all the same
+            return None
+        except asyncio.CancelledError:
+            self._settle_later(request_id, held, 0)
+            raise
+        self._note_success()
+        verdict = _verdict(request_id, meters, answer)
+        if verdict.held:
+            self._live[request_id] = held
+        return verdict
+
+    def _settle_later(self, request_id: str, held: tuple[Meter, ...], num_tokens: int) -> None:
+        if not held:
+            return
+        self._unsettled.append(_Settlement(request_id, held, num_tokens, time.monotonic() + self._lease_s))
+        if len(self._unsettled) > _MAX_UNSETTLED:
+            self._unsettled.popleft()
+            UNSETTLED.inc()
+        self._wakes.set()
+
+    async def _settle_some(self) -> None:
+        """Sends a batch in one round trip. What was sent stays until it is known to have arrived: twice is harmless."""
+        while self._unsettled and self._unsettled[0].until_s < time.monotonic():
+            self._unsettled.popleft()  # its lease is over: Valkey has counted it in full
+            UNSETTLED.inc()
+        batch = list(itertools.islice(self._unsettled, _SETTLED_AT_ONCE))
+        pipe = self._client.pipeline(transaction=False)
+        for one in batch:
+            names = [meter.name for meter in one.meters]
+            await self._settle(
+                keys=names, args=[one.id, self._lease_ms, one.num_tokens, *_args(one.meters)], client=pipe
+            )
+        await pipe.execute()
+        for one in batch:
+            if self._unsettled and self._unsettled[0] is one:
+                self._unsettled.popleft()
+
+    async def _renew_live(self) -> None:
+        ids: dict[Meter, list[str]] = defaultdict(list)
+        for request_id, meters in self._live.items():
+            for meter in meters:
+                ids[meter].append(request_id)
+        for meter, all_ids in ids.items():
+            for first in range(0, len(all_ids), _RENEWED_AT_ONCE):
+                some = all_ids[first : first + _RENEWED_AT_ONCE]
+                await self._renew(keys=[meter.name], args=[self._lease_ms, meter.window_ms, *some])
+
+    async def _try(self, work: Callable[[], Awaitable[None]]) -> bool:
+        """Does something in the background, where Valkey is there to do it."""
+        if not self._breaker.permits():
+            return False
+        try:
+            async with asyncio.timeout(_BACKGROUND_TIMEOUT_S):
+                await work()
+        except (RedisError, OSError, TimeoutError) as error:
+            self._note_failure(error)
+            return False
+        self._note_success()
+        return True
+
+    def _note_failure(self, error: Exception) -> None:
+        if self._breaker.failed():
+            _log.error("limits are counted locally, valkey failed", extra={"error": repr(error)})
+
+    def _note_success(self) -> None:
+        if self._breaker.succeeded():
+            _log.info("limits are counted in valkey again")
+
+
+def _args(meters: Iterable[Meter]) -> list[str | int]:
+    return [
+        one
+        for meter in meters
+        for one in (meter.algorithm, meter.limit.amount, meter.window_ms, meter.limit.counted.value)
+    ]
+
+
+def _verdict(request_id: str, meters: Sequence[Meter], answer: Sequence[int]) -> Verdict:
+    allowed, tokens, wait_ms, *numbers = answer
+    standings = tuple(
+        Standing(meter, not retry_ms, remaining, reset_ms / 1000, retry_ms / 1000)
+        for meter, remaining, reset_ms, retry_ms in zip(meters, numbers[::3], numbers[1::3], numbers[2::3], strict=True)
+    )
+    return Verdict(request_id, bool(allowed), tokens, wait_ms / 1000, standings, is_shared=True)

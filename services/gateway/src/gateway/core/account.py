@@ -5,10 +5,9 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from chassis.errors import Code, PlatformError
-from gateway.core.graph import GraphEvent, Grounding
+from gateway.core.graph import Answering, GraphEvent, Grounding, cut_off
 from gateway.core.ports import Principal, RequestRecord
-from gateway.core.services import Delta, Done, Finished, Started, Usage
+from gateway.core.services import Abandoned, Delta, Done, Finished, Started, Usage
 
 MAX_KEPT_TEXT_CHARS = 32_768  # of prompt and of completion each, for the tenants that allow text
 
@@ -60,14 +59,14 @@ class Account:
                 self.done(event.usage)
             case Grounding():
                 self.grounded = event.grounded
-            case Finished(reason="deadline"):
-                self.finish_reason = "deadline"
-                raise PlatformError(Code.DEADLINE_EXCEEDED, "the request took longer than the server allows")
-            case Finished(reason="cancelled"):
-                self.finish_reason = "cancelled"
-                raise PlatformError(Code.UNAVAILABLE, "the generator cancelled the request", retry_after_s=1.0)
+            case Answering():
+                self.model = event.model
+            case Abandoned():
+                self.left_a_call()
             case Finished():
                 self.finish_reason = event.reason
+                if (error := cut_off(event)) is not None:
+                    raise error
 
     def prompt_known(self, num_tokens: int) -> None:
         """The prompt was admitted with so many tokens."""

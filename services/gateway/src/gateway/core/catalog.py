@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from chassis.errors import Code, PlatformError
 from gateway.core.finetuning import TunedModel, TunedModels
-from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest, Sequenced
+from gateway.core.graph import Deadline, Fallbacks, Graph, GraphEvent, GraphRequest, Sequenced
 from gateway.core.services import Chat, Embedder, Generator, ServedModel
 
 _TIMEOUT_S = 2.0
@@ -30,6 +30,7 @@ class Tuned:
     def __init__(self, base: Sequenced, model: TunedModel) -> None:
         self.name = model.model_id
         self.model = base.model
+        self.fallbacks = Fallbacks()  # no other model is what it was tuned to be
         self.base = base
         self._model = model
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from gateway.core.graph import GraphEvent
 from gateway.core.services import Delta, Done, Finished, Started, Usage
 
-_MAX_AT_ONCE = 16  # prompts of one request that the generator has at a time
+MAX_AT_ONCE = 16  # prompts of one request that the generator has at a time
 _QUEUE_EVENTS = 64
 
 Run = Callable[[], AsyncGenerator[GraphEvent]]
@@ -20,7 +20,7 @@ async def merged(runs: Sequence[Run], n: int) -> AsyncGenerator[GraphEvent]:
     Choices are numbered run by run. The first error ends everything. Close it in the task that iterates it.
     """
     queue: asyncio.Queue[tuple[int, GraphEvent | Exception | None]] = asyncio.Queue(_QUEUE_EVENTS)
-    slots = asyncio.Semaphore(_MAX_AT_ONCE)
+    slots = asyncio.Semaphore(MAX_AT_ONCE)
     tasks = [asyncio.create_task(_pump(i, run, queue, slots)) for i, run in enumerate(runs)]
     usage, num_running = Usage(), len(tasks)
     try:

@@ -6,20 +6,23 @@ Knows nothing of HTTP, gRPC or files.
 """
 
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, TypeVar
 
 from chassis.errors import Code, PlatformError
 from gateway.core.services import (
+    Abandoned,
     Chat,
+    Finished,
     GenerationEvent,
     Grammar,
     Prompt,
     Sampling,
     Source,
+    Started,
     Stopping,
     ToolCalls,
 )
@@ -39,6 +42,11 @@ class Deadline:
     def after(timeout_s: float) -> "Deadline":
         """The deadline that far from now."""
         return Deadline(time.monotonic() + timeout_s)
+
+    @property
+    def is_over(self) -> bool:
+        """No time is left."""
+        return time.monotonic() >= self.at_s
 
     def remaining_s(self) -> float:
         """Seconds that are left; raises DEADLINE_EXCEEDED when there are none."""
@@ -74,7 +82,45 @@ class Grounding:
     sources: tuple[Source, ...] = ()
 
 
-GraphEvent = GenerationEvent | Grounding
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """Another model than the one that was asked answers, a fallback; comes before everything else."""
+
+    model: str
+
+
+GraphEvent = GenerationEvent | Grounding | Answering
+
+
+def cut_off(finished: Finished) -> PlatformError | None:
+    """The error for a completion that the engine did not end by itself."""
+    match finished.reason:
+        case "deadline":
+            return PlatformError(Code.DEADLINE_EXCEEDED, "the request took longer than the server allows")
+        case "cancelled":
+            return PlatformError(Code.UNAVAILABLE, "the generator cancelled the request", retry_after_s=1.0)
+    return None
+
+
+Event = TypeVar("Event", bound=GraphEvent)
+
+
+async def until_first_token(events: AsyncIterator[Event], on_first: Callable[[], None] = lambda: None) -> list[Event]:
+    """The first events, up to the first that tells what the model says: until then another may answer as well.
+
+    `on_first` is called at the very first. Raises PlatformError, also for what the engine cut off before it said
+    anything.
+    """
+    first: list[Event] = []
+    async for event in events:
+        if not first:
+            on_first()
+        first.append(event)
+        if isinstance(event, Finished) and (error := cut_off(event)) is not None:
+            raise error
+        if not isinstance(event, Started | Grounding | Answering | Abandoned):
+            break
+    return first
 
 
 class ValueKind(StrEnum):
@@ -134,6 +180,14 @@ class Answer(Node, Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Fallbacks:
+    """The graphs that answer, in this order, where another one is away, too busy, or too slow to begin."""
+
+    graphs: tuple[str, ...] = ()
+    first_token_s: float | None = None  # seconds to the first token; None: as many as the request has
+
+
 class Graph(Protocol):
     """What a request can name as its model."""
 
@@ -145,6 +199,11 @@ class Graph(Protocol):
     @property
     def model(self) -> str:
         """The generator's model that answers in the end."""
+        ...
+
+    @property
+    def fallbacks(self) -> Fallbacks:
+        """What answers where it cannot."""
         ...
 
     def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
@@ -159,9 +218,17 @@ class Sequenced:
     """A graph whose nodes run one after the other."""
 
     def __init__(
-        self, name: str, description: str, steps: Sequence[Step], answer: Answer, span: SpanFactory, model: str
+        self,
+        name: str,
+        description: str,
+        steps: Sequence[Step],
+        answer: Answer,
+        span: SpanFactory,
+        model: str,
+        fallbacks: Fallbacks = Fallbacks(),
     ) -> None:
         self.name = name
+        self.fallbacks = fallbacks
         self.description = description
         self.model = model  # the generator's model that answers in the end
         self._steps = tuple(steps)

@@ -1,105 +1,136 @@
-"""Counting requests per key: the window's rule, a limiter in memory, and a breaker for the shared one.
-
-The rule is a fixed window that opens with a key's first request and lasts a minute: at most N requests in each
-window, never one more, and `remaining` and `reset` in the headers are exact. GCRA would smooth the flow but lets
-2N - 1 requests through in the first minute (N at once, the rest as they drip back), which reads as a broken limit to
-whoever set N. The price of the window is a burst of up to 2N over the seam of two windows.
-"""
+"""Limits counted in this process's memory: what decides while the shared store is away."""
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from gateway.core.counts import Concurrency, Count, FixedWindow, LeakyBucket, Rule, SlidingLog, TokenBucket
+from gateway.core.meters import Meter, Scope, Standing, Verdict
+from gateway.core.policy import Algorithm, Counted, Limit
 from gateway.core.ports import LimitState, Principal
 
-WINDOW_S = 60.0
+_COUNTS: dict[str, Callable[[], Count]] = {
+    Algorithm.FIXED_WINDOW: FixedWindow,
+    Algorithm.SLIDING_LOG: SlidingLog,
+    Algorithm.TOKEN_BUCKET: TokenBucket,
+    Algorithm.LEAKY_BUCKET: LeakyBucket,
+    Counted.CONCURRENCY: Concurrency,
+}
 UNLIMITED = LimitState(allowed=True, limit=None, remaining=0, reset_s=0.0)
 
 
-class LocalLimiter:
-    """Counts in this process's memory, for at most max_keys keys. Implements ports.RequestLimiter.
+def requests_per_minute(principal: Principal) -> Meter | None:
+    """The meter of a key's requests over HTTP, whatever they ask for; None where the key has no such limit."""
+    if principal.requests_per_minute is None:
+        return None
+    limit = Limit(Counted.REQUESTS, principal.requests_per_minute)
+    return Meter(f"pressroom:rpm:{{{principal.tenant}}}:{principal.key_id}", Scope.KEY, limit)
 
-    When it is full the key that was seen least recently is forgotten.
+
+def limit_state(verdict: Verdict) -> LimitState:
+    """The judgement of requests_per_minute alone."""
+    (standing,) = verdict.standings
+    return LimitState(verdict.allowed, standing.meter.limit.amount, standing.remaining, standing.reset_s)
+
+
+@dataclass(slots=True)
+class _Counter:
+    count: Count
+    held: int = 0
+
+
+class LocalLimiter:
+    """Counts at most max_meters limits; the one that was used least recently is forgotten.
+
+    It lets `share` of every amount through: with G gateways that cannot hear each other, a share of 1/G keeps the whole
+    within the limit. Implements ports.RequestLimiter and meters.Limiter.
     """
 
     def __init__(
-        self, *, window_s: float = WINDOW_S, max_keys: int = 10_000, clock: Callable[[], float] = time.monotonic
+        self, *, share: float = 1.0, max_meters: int = 10_000, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._window_s = window_s
-        self._max_keys = max_keys
+        self._share = share
+        self._max_meters = max_meters
         self._clock = clock
-        self._windows: OrderedDict[str, tuple[float, int]] = OrderedDict()  # key id: end of the window, count
+        self._counters: OrderedDict[str, _Counter] = OrderedDict()
 
     async def hit(self, principal: Principal) -> LimitState:
         """Counts one request; a refused one is not counted."""
-        return self.count(principal)
+        meter = requests_per_minute(principal)
+        return UNLIMITED if meter is None else limit_state(self.judge((meter,), 0, 0))
 
-    def count(self, principal: Principal) -> LimitState:
+    async def reserve(self, meters: Sequence[Meter], least: int, most: int) -> Verdict:
+        """Judges one request."""
+        return self.judge(meters, least, most)
+
+    def judge(self, meters: Sequence[Meter], least: int, most: int) -> Verdict:
         """The same without waiting."""
-        limit = principal.requests_per_minute
-        if limit is None:
-            return UNLIMITED
-        now = self._clock()
-        end, count = self._windows.get(principal.key_id, (0.0, 0))
-        if end <= now:
-            end, count = now + self._window_s, 0
-        allowed = count < limit
+        now_ms = self._now_ms()
+        rules = [self._rule(meter) for meter in meters]
+        counters = [self._counter(meter, rule, now_ms) for meter, rule in zip(meters, rules, strict=True)]
+        rooms = [one.count.room(rule, one.held) for one, rule in zip(counters, rules, strict=True)]
+        free = [room for meter, room in zip(meters, rooms, strict=True) if meter.limit.counted is Counted.TOKENS]
+        tokens = max(least, min([most, *free]))
+        retries_ms = [
+            max(1, one.count.retry_ms(rule, now_ms, one.held, meter.cost(tokens))) if meter.cost(tokens) > room else 0
+            for meter, rule, one, room in zip(meters, rules, counters, rooms, strict=True)
+        ]
+        allowed, wait_ms = not any(retries_ms), 0
         if allowed:
-            count += 1
-        self._keep(principal.key_id, end, count)
-        return LimitState(allowed, limit, max(0, limit - count), end - now)
+            for meter, rule, one in zip(meters, rules, counters, strict=True):
+                if isinstance(one.count, LeakyBucket):
+                    wait_ms = max(wait_ms, one.count.wait_ms(rule, one.held))
+                self._take(one, meter, rule, tokens, now_ms)
+        standings = tuple(
+            Standing(
+                meter,
+                fits=not retry_ms,
+                remaining=max(0, one.count.remaining(rule, one.held)),
+                reset_s=one.count.reset_ms(rule, now_ms) / 1000,
+                retry_s=retry_ms / 1000,
+            )
+            for meter, rule, one, retry_ms in zip(meters, rules, counters, retries_ms, strict=True)
+        )
+        return Verdict("", allowed, tokens, wait_ms / 1000, standings, is_shared=False)
 
-    def observe(self, key_id: str, state: LimitState) -> None:
-        """Takes over what the shared limiter counted, so that falling back does not start from nothing."""
-        if state.limit is not None:
-            end, count = self._clock() + state.reset_s, state.limit - state.remaining
-            kept_end, kept_count = self._windows.get(key_id, (0.0, 0))
-            # Answers of one window may arrive out of order: its count only grows.
-            same_window = abs(kept_end - end) < self._window_s / 2
-            self._keep(key_id, end, max(count, kept_count) if same_window else count)
+    def follow(self, verdict: Verdict) -> None:
+        """Counts what was judged elsewhere, so that falling back does not start from nothing."""
+        if not verdict.allowed:
+            return
+        now_ms = self._now_ms()
+        for standing in verdict.standings:
+            rule = self._rule(standing.meter)
+            self._take(self._counter(standing.meter, rule, now_ms), standing.meter, rule, verdict.tokens, now_ms)
 
-    def _keep(self, key_id: str, end: float, count: int) -> None:
-        self._windows[key_id] = (end, count)
-        self._windows.move_to_end(key_id)
-        while len(self._windows) > self._max_keys:
-            self._windows.popitem(last=False)
+    def settle(self, verdict: Verdict, num_tokens: int) -> None:
+        """The request has ended, wherever it was judged."""
+        now_ms = self._now_ms()
+        for meter in verdict.held:
+            rule = self._rule(meter)
+            counter = self._counter(meter, rule, now_ms)
+            counter.held = max(0, counter.held - meter.cost(verdict.tokens))  # it may have been forgotten meanwhile
+            counter.count.add(rule, now_ms, meter.cost(num_tokens))
 
+    def _take(self, counter: _Counter, meter: Meter, rule: Rule, tokens: int, now_ms: int) -> None:
+        if meter.is_held:
+            counter.held += meter.cost(tokens)
+            counter.count.add(rule, now_ms, 0)  # a window opens with its first request, not at that one's end
+        else:
+            counter.count.add(rule, now_ms, 1)
 
-class Breaker:
-    """Says whether a broken dependency may be tried: after a failure one try per cool-down, which doubles."""
+    def _counter(self, meter: Meter, rule: Rule, now_ms: int) -> _Counter:
+        counter = self._counters.get(meter.name)
+        if counter is None:
+            counter = self._counters[meter.name] = _Counter(_COUNTS[meter.algorithm]())
+            if len(self._counters) > self._max_meters:
+                self._counters.popitem(last=False)
+        self._counters.move_to_end(meter.name)
+        counter.count.advance(rule, now_ms)
+        return counter
 
-    def __init__(
-        self, *, cooldown_s: float = 0.5, max_cooldown_s: float = 5.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._first_s = cooldown_s
-        self._max_s = max_cooldown_s
-        self._clock = clock
-        self._cooldown_s = cooldown_s
-        self._retry_at: float | None = None
+    def _rule(self, meter: Meter) -> Rule:
+        return Rule(max(1, int(meter.limit.amount * self._share)), meter.window_ms)
 
-    @property
-    def is_open(self) -> bool:
-        """The dependency failed and has not answered since."""
-        return self._retry_at is not None
-
-    def permits(self) -> bool:
-        """Whether to try now; an open breaker permits one caller and moves its next time on."""
-        if self._retry_at is None:
-            return True
-        if self._clock() < self._retry_at:
-            return False
-        self._retry_at = self._clock() + self._cooldown_s
-        return True
-
-    def succeeded(self) -> bool:
-        """Closes it; True when it was open."""
-        was_open, self._retry_at, self._cooldown_s = self.is_open, None, self._first_s
-        return was_open
-
-    def failed(self) -> bool:
-        """Opens it; True when it was closed."""
-        was_open = self.is_open
-        if was_open:
-            self._cooldown_s = min(self._cooldown_s * 2, self._max_s)
-        self._retry_at = self._clock() + self._cooldown_s
-        return not was_open
+    def _now_ms(self) -> int:
+        return round(self._clock() * 1000)

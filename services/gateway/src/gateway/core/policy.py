@@ -54,7 +54,8 @@ class Policy:
     models: frozenset[str] | None = None  # names, or patterns with *
     limits: tuple[Limit, ...] = ()
     budget: Budget | None = None
-    priority: int = 0  # class of admission: higher goes first
+    priority: int = 0  # class of admission: higher goes first; -100 to 100, below 0 is the background
+    weight: float = 1.0  # of a tenant: its share of a busy model beside the others'; above 0
     caches: bool = False  # repeated requests may be answered from the exact cache
 
     def allows_model(self, model: str) -> bool:

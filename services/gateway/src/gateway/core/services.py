@@ -169,7 +169,12 @@ class Done:
     usage: Usage
 
 
-GenerationEvent = Started | Delta | Finished | Done
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    """A call was given up before its first token and another takes its place: what that one used is not in Done."""
+
+
+GenerationEvent = Started | Delta | Finished | Done | Abandoned
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +260,10 @@ class Embedder(Protocol):
         timeout_s: float,
     ) -> Embedded:
         """Embeds texts or token lists; OUT_OF_RANGE with the numbers where one is too long and truncate is False."""
+        ...
+
+    async def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float) -> Sequence[int]:
+        """Counts the tokens of each text, special ones included."""
         ...
 
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:

@@ -4,8 +4,9 @@ So that permission, limits, money and a place in the queue are judged once and f
 nor gRPC, and nothing of what the stages do.
 """
 
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -14,14 +15,20 @@ from chassis.errors import Code, PlatformError
 from gateway.core.account import Account
 from gateway.core.catalog import Catalog
 from gateway.core.fanout import merged
-from gateway.core.graph import Deadline, Graph, GraphEvent, GraphRequest
+from gateway.core.graph import Answering, Deadline, Graph, GraphEvent, GraphRequest, until_first_token
 from gateway.core.ports import Principal
 from gateway.core.services import Chat
 
+HEADER_MODEL = "x-pressroom-model"  # which model answered
+_ANOTHER_MAY_ANSWER = (Code.UNAVAILABLE, Code.OVERLOADED, Code.DEADLINE_EXCEEDED)
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Ask:
-    """One request to a model: who asks what, until when. It has requests for a graph, or inputs for an encoder."""
+    """One request to a model: who asks what, until when. It has requests for a graph, or inputs for an encoder.
+
+    A stage may narrow the requests: where a limit has fewer tokens left than the answer could have.
+    """
 
     principal: Principal
     account: Account
@@ -29,6 +36,12 @@ class Ask:
     model: str  # the graph or the encoder that answers
     requests: tuple[GraphRequest, ...] = ()  # one for each prompt
     inputs: tuple[str | tuple[int, ...], ...] = ()  # what an encoder reads: texts or token ids
+
+    @property
+    def priority(self) -> int:
+        """Its class: the sender's, or the background's that a job asks for."""
+        lowered = [request.priority for request in self.requests if request.priority < 0]
+        return min([self.principal.policy.priority, self.principal.tenant_policy.priority, *lowered])
 
 
 class Stage(Protocol):
@@ -39,12 +52,29 @@ class Stage(Protocol):
         ...
 
 
-class Serving:
-    """Leads requests through the stages, in their order, to the model."""
+class NoStage:
+    """Holds nothing."""
 
-    def __init__(self, catalog: Catalog, stages: Sequence[Stage] = ()) -> None:
+    def hold(self, ask: Ask) -> AbstractAsyncContextManager[None]:
+        """Lets everything through."""
+        return nullcontext()
+
+
+class Serving:
+    """Leads requests through the stages, in their order, to the model or to the first fallback that answers."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        stages: Sequence[Stage] = (),
+        admission: Stage = NoStage(),
+        on_fallback: Callable[[str, str], None] = lambda asked, answers: None,
+    ) -> None:
+        """`admission` comes last, for each model that is tried; `on_fallback` is told who answers for whom."""
         self._catalog = catalog
         self._stages = tuple(stages)
+        self._admission = admission
+        self._on_fallback = on_fallback
 
     async def graph(self, principal: Principal, name: str) -> Graph:
         """What answers under that name for the sender; raises PERMISSION_DENIED and NOT_FOUND."""
@@ -70,21 +100,75 @@ class Serving:
     async def hold(self, ask: Ask) -> AsyncIterator[None]:
         """Holds every stage; raises what a stage raises, and PERMISSION_DENIED. For what is no graph: the encoders."""
         self.permit(ask.principal, ask.model)
+        async with self._held(ask), self._admission.hold(ask):
+            yield
+
+    async def run(self, ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
+        """Streams the graph's events and keeps the account; the caller closes it in the task that iterates it."""
+        async with self._held(ask), aclosing(self._answer(ask, graph)) as events:
+            async for event in events:
+                ask.account.take(event)
+                yield event
+
+    @asynccontextmanager
+    async def _held(self, ask: Ask) -> AsyncIterator[None]:
         async with AsyncExitStack() as held:
             for stage in self._stages:
                 await held.enter_async_context(stage.hold(ask))
             yield
 
-    async def run(self, ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
-        """Streams the graph's events and keeps the account; the caller closes it in the task that iterates it."""
-        async with self.hold(ask), aclosing(_events(ask, graph)) as events:
+    async def _answer(self, ask: Ask, asked: Graph) -> AsyncGenerator[GraphEvent]:
+        """The events of the graph, or of the first of its fallbacks that comes to a token."""
+        chain = [asked, *await self._fallbacks(ask, asked)]
+        first_error: PlatformError | None = None
+        for graph in chain:
+            most_s = None if graph is chain[-1] else asked.fallbacks.first_token_s
+            async with aclosing(self._admitted(replace(ask, model=graph.name), graph)) as events:
+                try:
+                    # Nothing is held back where nobody else could answer anyway.
+                    first = [] if graph is asked is chain[-1] else await _first_events(events, most_s)
+                except PlatformError as error:
+                    first_error = first_error or error
+                    if first_error.code not in _ANOTHER_MAY_ANSWER or ask.deadline.is_over or graph is chain[-1]:
+                        raise first_error from None
+                    ask.account.left_a_call()
+                    continue
+                ask.account.answer_headers[HEADER_MODEL] = graph.name
+                if graph is not asked:
+                    self._on_fallback(asked.name, graph.name)
+                    yield Answering(graph.name)
+                for event in first:
+                    yield event
+                async for event in events:
+                    yield event
+                return
+
+    async def _fallbacks(self, ask: Ask, asked: Graph) -> list[Graph]:
+        """Those that this sender may use."""
+        graphs: list[Graph] = []
+        for name in asked.fallbacks.graphs:
+            with suppress(PlatformError):
+                graphs.append(await self.graph(ask.principal, name))
+        return graphs
+
+    async def _admitted(self, ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
+        async with self._admission.hold(ask), aclosing(_events(ask, graph)) as events:
             async for event in events:
-                ask.account.take(event)
                 yield event
 
 
+async def _first_events(events: AsyncGenerator[GraphEvent], most_s: float | None) -> list[GraphEvent]:
+    try:
+        async with asyncio.timeout(most_s):
+            return await until_first_token(events)
+    except TimeoutError:
+        raise PlatformError(Code.DEADLINE_EXCEEDED, f"no token came within {most_s:g} s") from None
+
+
 def _events(ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
-    requests = [replace(request, usage_id=ask.account.usage_id) for request in ask.requests]
+    # The generator puts the classes in the same order as admission did.
+    account, priority = ask.account, ask.priority
+    requests = [replace(request, priority=priority, usage_id=account.usage_id) for request in ask.requests]
     if len(requests) == 1:
         return graph.run(requests[0], ask.deadline)
     return merged([partial(graph.run, request, ask.deadline) for request in requests], requests[0].n)

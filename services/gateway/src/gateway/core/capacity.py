@@ -1,0 +1,58 @@
+"""How much a backend is given at once: more while it begins at once, less when what it is given waits there.
+
+Additive increase, multiplicative decrease, as TCP does it. Behind the backend's own queue nothing is fair any more, so
+that the queue is kept here; a small one there keeps it busy.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_SLOWER, _REFUSED = 0.9, 0.7  # what is left of the limit
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityBounds:
+    """Sequences at once: at the start, at least and at most; and how long the backend may keep one waiting."""
+
+    start: int
+    least: int
+    most: int
+    slow_s: float = 1.0
+
+
+class Capacity:
+    """The number of sequences that may run in a backend at once."""
+
+    def __init__(self, bounds: CapacityBounds, clock: Callable[[], float] = time.monotonic) -> None:
+        self._bounds = bounds
+        self._clock = clock
+        self._limit = float(bounds.start)
+        self._shrunk_s = -bounds.slow_s
+        self.is_short = False  # somebody waits for it: only then does more make a difference
+
+    @property
+    def limit(self) -> int:
+        """Sequences that it may be given."""
+        return int(self._limit)
+
+    def began(self, wait_s: float) -> None:
+        """The backend began with a request after so long."""
+        if wait_s > self._bounds.slow_s:
+            self._shrink(_SLOWER)
+
+    def ended_well(self) -> None:
+        """A request has ended by itself."""
+        if self.is_short:
+            self._limit = min(float(self._bounds.most), self._limit + 1 / self._limit)
+
+    def refused(self) -> None:
+        """The backend said that it has too much to do."""
+        self._shrink(_REFUSED)
+
+    def _shrink(self, factor: float) -> None:
+        """Shrinks once for what was given before the last time: its waits tell nothing of the limit since."""
+        now_s = self._clock()
+        if now_s - self._shrunk_s >= self._bounds.slow_s:
+            self._shrunk_s = now_s
+            self._limit = max(float(self._bounds.least), self._limit * factor)

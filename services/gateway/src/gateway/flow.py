@@ -1,0 +1,95 @@
+"""Joins what stands between the routes and the services that answer: the guards, the queues and the stage of admission.
+
+Part of the composition root, as state.py is.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc.aio
+
+from gateway.backends.embedder import GrpcEmbedder
+from gateway.backends.gateway_metrics import LaneMeter
+from gateway.backends.generator import GrpcGenerator
+from gateway.backends.retriever import GrpcRetriever
+from gateway.core.admission import Admission, Lane, QueueBounds
+from gateway.core.breaker import Breaker, BreakerRules
+from gateway.core.capacity import Capacity, CapacityBounds
+from gateway.core.guard import Backend, Guard
+from gateway.core.guarded import GuardedEmbedder, GuardedGenerator, GuardedRetriever
+from gateway.core.services import Embedder, Generator, Retriever
+from gateway.core.serving import Ask
+from gateway.settings import GatewaySettings
+
+B = TypeVar("B")
+
+_LEAST_RUNNING = 4
+# The embedder batches for itself and refuses where its own queue is full: this bounds what one gateway sends it.
+_EMBEDDER_REQUESTS = CapacityBounds(start=64, least=4, most=256)
+# Nobody else can answer: somebody must find out soon that it is back.
+_LONGEST_OPEN_ALONE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """The services behind their guards, and the stage that leads requests to them."""
+
+    generator: Generator
+    embedder: Embedder
+    retriever: Retriever
+    admission: Admission
+    lanes: tuple[Lane, ...]
+
+    def num_waiting(self) -> int:
+        """Requests that wait for their turn."""
+        return sum(lane.num_waiting for lane in self.lanes)
+
+
+def open_flow(
+    settings: GatewaySettings, retriever: grpc.aio.Channel, connect: Callable[[str], grpc.aio.Channel]
+) -> Flow:
+    """Makes the clients and what guards them. Nothing is connected yet; `connect` sees to the closing of channels."""
+    bounds = QueueBounds(settings.max_waiting, settings.max_wait_s)
+    running = CapacityBounds(settings.max_running, min(_LEAST_RUNNING, settings.max_running), settings.most_running)
+    generating, generators = _lane("generator", running, bounds)
+    embedding, embedders = _lane("embedder", _EMBEDDER_REQUESTS, bounds)
+    addresses = settings.generator_addr.split(",")
+    generator: Guard[Generator] = _guard(
+        "generator", {one: GrpcGenerator(connect(one)) for one in addresses}, generators, generating.capacity
+    )
+    embedder: Guard[Embedder] = _guard(
+        "embedder",
+        {settings.embedder_addr: GrpcEmbedder(connect(settings.embedder_addr))},
+        embedders,
+        embedding.capacity,
+    )
+    search: Guard[Retriever] = _guard(
+        "retriever", {settings.retriever_addr: GrpcRetriever(retriever)}, LaneMeter("retriever")
+    )
+    return Flow(
+        GuardedGenerator(generator),
+        GuardedEmbedder(embedder),
+        GuardedRetriever(search),
+        Admission({lane.backend: lane for lane in (generating, embedding)}, _backend_of),
+        (generating, embedding),
+    )
+
+
+def _backend_of(ask: Ask) -> str:
+    return "embedder" if ask.inputs else "generator"
+
+
+def _lane(backend: str, running: CapacityBounds, bounds: QueueBounds) -> tuple[Lane, LaneMeter]:
+    meter = LaneMeter(backend)
+    lane = Lane(backend, Capacity(running), bounds, meter)
+    meter.watch(lane)
+    return lane, meter
+
+
+def _guard(service: str, targets: Mapping[str, B], meter: LaneMeter, capacity: Capacity | None = None) -> Guard[B]:
+    rules = BreakerRules() if len(targets) > 1 else BreakerRules(longest_open_s=_LONGEST_OPEN_ALONE_S)
+    backends = [Backend(address, target, Breaker(rules)) for address, target in targets.items()]
+    for backend in backends:
+        meter.watch_breaker(backend.name, backend.breaker)
+    return Guard(service, backends, meter, capacity)
