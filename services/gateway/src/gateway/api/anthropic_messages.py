@@ -25,7 +25,7 @@ from gateway.api.openapi_schemas import COUNT, record
 from gateway.core.services import Chat, ToolCalls
 from gateway.core.serving import Serving
 
-_MAX_MESSAGES = 4096
+_MAX_MESSAGES = 1024
 _ANTHROPIC = Dialect(
     fields={"response_format": "output_config.format", "stop": "stop_sequences"},
     tool_fields={"function.name": "name", "function.parameters": "input_schema"},

@@ -11,7 +11,7 @@ from chassis.errors import PlatformError
 from gateway.api.json_body import Body, invalid
 from gateway.api.openai_tools import Name
 
-_MAX_BLOCKS = 1024
+_MAX_BLOCKS = 256
 BlockId = Annotated[str, Field(min_length=1, max_length=256)]
 Text = Annotated[str, Field(min_length=1)]
 

@@ -10,6 +10,7 @@ from gateway.api.openapi import documented
 from gateway.api.openapi_schemas import COUNT, FLAG, TEXT, nullable, page, record
 from gateway.core.audit import START, AuditFilter, AuditLog, AuditRow, read_anchor
 
+Anchored = Annotated[str | None, Query(json_schema_extra={"pattern": "^[0-9]{1,18}:[0-9a-f]{64}$"})]
 Filter = Annotated[str | None, Query(max_length=128)]
 
 _CHANGE = record(
@@ -47,10 +48,10 @@ def audit_router(log: AuditLog) -> APIRouter:
 
     @router.get("/admin/audit/verify", response_model=None)
     @documented(record({"ok": FLAG, "broken_at": nullable(COUNT), "problem": nullable(TEXT), "anchor": TEXT}))
-    async def verify(request: Request, anchor: Annotated[str | None, Query(max_length=100)] = None) -> dict[str, Any]:
+    async def verify(request: Request, anchor: Anchored = None) -> dict[str, Any]:
         """Walks the chain; with the anchor of an earlier day it also finds a chain that was cut or written anew."""
         require_admin(request)
-        chain = await log.verify(read_anchor(anchor) if anchor else START)
+        chain = await log.verify(read_anchor(anchor) if anchor is not None else START)
         return {
             "ok": chain.broken_at is None,
             "broken_at": chain.broken_at,

@@ -116,7 +116,9 @@ def keys_router(administration: Administration) -> APIRouter:
         return key_shape(await administration.change_key(actor, key_id, lambda row: _changed(row, body)))
 
     @router.post("/admin/keys/{key_id}/rotate", response_model=None)
-    @documented(record({"id": TEXT, "key": TEXT, "former_secret_until": nullable(TIME)}), body=RotationBody)
+    @documented(
+        record({"id": TEXT, "key": TEXT, "former_secret_until": nullable(TIME)}), body=RotationBody, needs_body=False
+    )
     async def rotate_key(request: Request, key_id: str) -> dict[str, Any]:
         actor = require_admin(request).key_id
         body = await read_json(request, RotationBody) if await request.body() else RotationBody()
@@ -172,7 +174,7 @@ def _changed(row: KeyRow, body: KeyBody) -> KeyRow:
 def _check_expiry(expires_unix_s: int | None) -> None:
     if expires_unix_s is not None and expires_unix_s <= time.time():
         raise PlatformError(
-            Code.INVALID_ARGUMENT,
+            Code.FAILED_PRECONDITION,
             "expires_at: must be a Unix time in seconds that is still to come; to end a key now, DELETE it",
             param="expires_at",
         )

@@ -5,7 +5,7 @@ import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, WithJsonSchema
 from starlette.datastructures import FormData
 
 from chassis.errors import Code, PlatformError
@@ -14,9 +14,23 @@ from gateway.api.identity import principal_of
 from gateway.api.json_body import Body, parse_json, read_json, validate
 from gateway.api.multipart import fields_of, file_of, read_form
 from gateway.api.openapi import documented
-from gateway.api.openapi_schemas import ANY_OBJECT, COUNT, FILE, FLAG, TEXT, TIME, nullable, one_of, page, record
+from gateway.api.openapi_schemas import (
+    ANY_OBJECT,
+    COUNT,
+    FLAG,
+    TEXT,
+    TEXT_FILE,
+    TEXT_PATTERN,
+    TIME,
+    Schema,
+    form,
+    nullable,
+    one_of,
+    page,
+    record,
+)
+from gateway.core.content import HTML, MARKDOWN, media_type_of
 from gateway.core.content import TEXT as PLAIN_TEXT
-from gateway.core.content import media_type_of
 from gateway.core.documents import DEFAULT_COLLECTION, Description, Document, Indexed, Library
 from gateway.core.jobs import JobStatus
 
@@ -27,6 +41,11 @@ _FORM_FIELDS = ("title", "external_id", "collection", "metadata", "content_type"
 _Line = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
+# Those that any text is good for; a PDF or a JSONL file must be one.
+_TEXTS = (PLAIN_TEXT, MARKDOWN, HTML)
+_CONTENT_TYPE = {"type": "string", "enum": list(_TEXTS)}
+
+
 class _Described(Body):
     """What a client may say of a document."""
 
@@ -35,7 +54,7 @@ class _Described(Body):
     title: _Line | None = None
     external_id: _Line | None = None
     collection: Collection | None = None
-    content_type: Annotated[str, Field(max_length=200)] | None = None
+    content_type: Annotated[str, Field(max_length=200), WithJsonSchema(_CONTENT_TYPE)] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=64)] | None = None
 
     def description(self, content_type: str, filename: str) -> Description:
@@ -56,7 +75,7 @@ class _Described(Body):
 class TextBody(_Described):
     """A document as JSON."""
 
-    text: str
+    text: Annotated[str, WithJsonSchema({"type": "string", "pattern": TEXT_PATTERN})]
 
 
 DOCUMENT = record(
@@ -75,7 +94,16 @@ DOCUMENT = record(
         "created_at": TIME,
     }
 )
-_FORM = record({"file": FILE}, dict.fromkeys(_FORM_FIELDS, TEXT))
+_LINE_SCHEMA: Schema = {"type": "string", "maxLength": 512, "pattern": r"^[^\u0000-\u001f\u007f]*$"}
+_FORM_SCHEMAS: dict[str, Schema] = {
+    "title": _LINE_SCHEMA,
+    "external_id": _LINE_SCHEMA,
+    "collection": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"},
+    "metadata": {"type": "object", "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,63}$"}, "maxProperties": 64}
+    | {"additionalProperties": {"type": ["string", "boolean"], "maxLength": 100}},
+    "content_type": _CONTENT_TYPE,
+}
+_FORM = form({"file": TEXT_FILE}, _FORM_SCHEMAS)
 
 
 def documents_router(library: Library, *, max_upload_bytes: int) -> APIRouter:
@@ -83,7 +111,7 @@ def documents_router(library: Library, *, max_upload_bytes: int) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/documents", status_code=202, response_model=None)
-    @documented(record({"job_id": TEXT, "document_id": TEXT}), body=TextBody, form=_FORM, status=202)
+    @documented(record({"job_id": TEXT, "document_id": TEXT}), body=TextBody, form=_FORM, file_types=_TEXTS, status=202)
     async def submit_document(request: Request) -> dict[str, Any]:
         tenant = principal_of(request).tenant
         media_type = request.headers.get("content-type", "").split(";", 1)[0].strip().lower()

@@ -1,5 +1,6 @@
 """What was used and what it cost: /admin/usage, /admin/usage/rows, /admin/prices, and GET /v1/usage for a key's own."""
 
+import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, date, datetime
@@ -7,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from starlette.responses import Response
 
 from chassis.errors import Code, PlatformError
@@ -21,12 +22,28 @@ from gateway.core.usage_reports import FIGURES, MAX_GROUPS, TOTALS, Group, Selec
 
 _PAGE_ROWS = 2_000  # some milliseconds to read and to write; between two pages others have their turn
 _CSV = "text/csv; charset=utf-8; header=present"
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
 _EPOCH = date(1970, 1, 1)
 _MOST_MICROS = 10**15
 
 Micros = Annotated[int, Field(ge=0, le=_MOST_MICROS)]
 Filter = Annotated[str | None, Query(max_length=256)]
-Day = Annotated[date | None, Query()]
+
+
+def _written_as_a_day(value: str) -> str:
+    if not _DAY.fullmatch(value):
+        raise ValueError("must be a day, written as 2026-01-31")
+    return value
+
+
+Day = Annotated[date, BeforeValidator(_written_as_a_day)]
+
+
+def _groups_schema(*groups: str) -> dict[str, Any]:
+    one = f"({'|'.join(groups)})"
+    return {"pattern": f"^({one}(,{one})*)?$"}
+
+
 Format = Annotated[Literal["json", "csv"], Query()]
 
 
@@ -62,12 +79,12 @@ def usage_router(usage: UsageReports, prices: PriceList) -> APIRouter:
     @documented(_SUMS, stream="text/csv")
     async def sums(
         request: Request,
-        group_by: Annotated[str, Query(max_length=64)] = "",
+        group_by: Annotated[str, Query(max_length=64, json_schema_extra=_groups_schema(*Group))] = "",
         tenant: Filter = None,
         key: Filter = None,
         model: Filter = None,
-        first: Annotated[date | None, Query(alias="from")] = None,
-        last: Annotated[date | None, Query(alias="to")] = None,
+        first: Annotated[Day | None, Query(alias="from")] = None,
+        last: Annotated[Day | None, Query(alias="to")] = None,
         wanted: Annotated[Literal["json", "csv"], Query(alias="format")] = "json",
     ) -> Response:
         """Sums by tenant, key and model, or as group_by says."""
@@ -82,8 +99,8 @@ def usage_router(usage: UsageReports, prices: PriceList) -> APIRouter:
         tenant: Filter = None,
         key: Filter = None,
         model: Filter = None,
-        first: Annotated[date | None, Query(alias="from")] = None,
-        last: Annotated[date | None, Query(alias="to")] = None,
+        first: Annotated[Day | None, Query(alias="from")] = None,
+        last: Annotated[Day | None, Query(alias="to")] = None,
     ) -> Response:
         """Every request as a line of CSV."""
         require_admin(request)
@@ -94,10 +111,10 @@ def usage_router(usage: UsageReports, prices: PriceList) -> APIRouter:
     @documented(_SUMS, stream="text/csv")
     async def own(
         request: Request,
-        group_by: Annotated[str, Query(max_length=64)] = "",
+        group_by: Annotated[str, Query(max_length=64, json_schema_extra=_groups_schema("day", "model"))] = "",
         model: Filter = None,
-        first: Annotated[date | None, Query(alias="from")] = None,
-        last: Annotated[date | None, Query(alias="to")] = None,
+        first: Annotated[Day | None, Query(alias="from")] = None,
+        last: Annotated[Day | None, Query(alias="to")] = None,
         wanted: Annotated[Literal["json", "csv"], Query(alias="format")] = "json",
     ) -> Response:
         """What the sender's own key used, by model or as group_by says: day, model or both."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
+from pydantic import ConfigDict
 from starlette.datastructures import FormData
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -16,7 +17,7 @@ from gateway.api.inference import json_response
 from gateway.api.json_body import Body, validate
 from gateway.api.multipart import fields_of, file_of, read_form
 from gateway.api.openapi import documented
-from gateway.api.openapi_schemas import COUNT, FILE, FLAG, TEXT, TIME, one_of, page, record
+from gateway.api.openapi_schemas import COUNT, FILE, FLAG, TEXT, TIME, form, one_of, page, record
 from gateway.core.documents import FileContent
 from gateway.core.uploads import Purpose, Upload, Uploads
 
@@ -27,6 +28,8 @@ _MAX_FILENAME_CHARS = 255
 
 class _UploadBody(Body):
     """What a client says of its file."""
+
+    model_config = ConfigDict(extra="forbid")
 
     purpose: Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 
@@ -50,7 +53,7 @@ def files_router(uploads: Uploads, content: FileContent, *, max_upload_bytes: in
     router = APIRouter()
 
     @router.post("/v1/files", response_model=None)
-    @documented(FILE_OBJECT, form=record({"file": FILE, "purpose": one_of(*Purpose)}))
+    @documented(FILE_OBJECT, form=form({"file": FILE, "purpose": one_of(*Purpose)}))
     async def upload_file(request: Request) -> dict[str, Any]:
         tenant = principal_of(request).tenant
         form = await read_form(request, max_upload_bytes, _FORM_FIELDS)

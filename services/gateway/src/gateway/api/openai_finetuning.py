@@ -1,10 +1,13 @@
 """The routes of /v1/fine_tuning/jobs: OpenAI's paths and shapes."""
 
 import re
-from typing import Annotated, Any, Literal, NoReturn
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from fastapi import APIRouter, Query, Request
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from chassis.errors import Code, PlatformError
@@ -54,21 +57,22 @@ class _Supervised(Body):
 class _Method(Body):
     """How to train."""
 
-    type: Literal["supervised", "dpo", "reinforcement"]
+    type: Annotated[Literal["supervised", "dpo", "reinforcement"], WithJsonSchema({"const": "supervised"})]
     supervised: _Supervised | None = None
 
 
 class OrderBody(Body):
     """The request."""
 
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType({"integrations": "nothing is told to other services"})
+
     model: ModelName
     training_file: Id
-    validation_file: Id | None = None
+    validation_file: SkipJsonSchema[Id | None] = None
     suffix: str | None = None
     seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = None
     hyperparameters: _Hyperparameters | None = None
     method: _Method | None = None
-    integrations: list[dict[str, Any]] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
 
     def order(self) -> Order:
@@ -94,8 +98,6 @@ class OrderBody(Body):
         if self.method is not None and self.method.type != "supervised":
             message = f"the method {self.method.type!r} is not supported; there is: supervised"
             raise PlatformError(Code.UNIMPLEMENTED, message, param="method.type")
-        if self.integrations:
-            raise PlatformError(Code.UNIMPLEMENTED, "integrations are not supported", param="integrations")
 
     def _chosen(self) -> _Hyperparameters:
         """Those of the method, or in OpenAI's older place; both are taken where they say the same."""
@@ -153,10 +155,11 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
     @router.post(_PATH, response_model=None)
     @documented(FINETUNE, body=OrderBody)
     async def create_job(request: Request) -> dict[str, Any]:
-        order = (await read_json(request, OrderBody)).order()
+        body = await read_json(request, OrderBody)
         principal = principal_of(request)
-        Serving.permit(principal, order.base)
-        await catalog.check_tunable(order.base)
+        Serving.permit(principal, body.model)
+        await catalog.check_tunable(body.model)
+        order = body.order()
         return job_shape(await finetuning.submit(principal.tenant, principal.key_id, order))
 
     @router.get(_PATH, response_model=None)

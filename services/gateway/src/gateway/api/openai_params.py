@@ -15,7 +15,8 @@ _MAX_UINT32 = 2**32 - 1
 _MAX_COUNT = 2**31 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=_MAX_UINT32)]
-ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+# The format says that a word is not enough: it must be an id that GET /v1/models tells.
+ModelName = Annotated[str, Field(min_length=1, max_length=256, json_schema_extra={"format": "model-id"})]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 

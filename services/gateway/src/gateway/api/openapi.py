@@ -4,7 +4,7 @@ Routes read their bodies by hand (json_body) and write their answers by hand, so
 parameters alone. Each says the rest with @documented, and a test finds the one that does not.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,6 +38,8 @@ class Documentation:
     status: int
     media_type: str
     stream: str | None
+    needs_body: bool
+    file_types: Sequence[str]
 
 
 def documented(
@@ -48,14 +50,21 @@ def documented(
     status: int = 200,
     media_type: str = "application/json",
     stream: str | None = None,
+    needs_body: bool = True,
+    file_types: Sequence[str] = (),
 ) -> Callable[[E], E]:
     """Says what a route answers, and what it reads: a JSON body, a form with a file, or either.
 
     answer: the JSON Schema of a good answer; None where it is no JSON. stream: the media type of an answer in pieces.
+    file_types: what the form's file may be.
     """
 
     def say(endpoint: E) -> E:
-        setattr(endpoint, _DOCUMENTATION, Documentation(answer, body, form, status, media_type, stream))
+        setattr(
+            endpoint,
+            _DOCUMENTATION,
+            Documentation(answer, body, form, status, media_type, stream, needs_body, file_types),
+        )
         return endpoint
 
     return say
@@ -102,17 +111,19 @@ def _document(routes: list[APIRoute]) -> dict[str, Any]:
     return document
 
 
-_UNSAID = Documentation(None, None, None, 200, "application/json", None)
+_UNSAID = Documentation(None, None, None, 200, "application/json", None, True, ())
 
 
 def _complete(
     operation: dict[str, Any], path: str, said: Documentation, bodies: Mapping[type[BaseModel], Schema]
 ) -> None:
-    content = {"application/json": {"schema": bodies[said.body]}} if said.body else {}
+    content: dict[str, Any] = {"application/json": {"schema": bodies[said.body]}} if said.body else {}
     if said.form is not None:
         content["multipart/form-data"] = {"schema": said.form}
+        if said.file_types:
+            content["multipart/form-data"]["encoding"] = {"file": {"contentType": ", ".join(said.file_types)}}
     if content:
-        operation["requestBody"] = {"required": True, "content": content}
+        operation["requestBody"] = {"required": said.needs_body, "content": content}
     answers = {said.media_type: {"schema": said.answer} if said.answer is not None else {}}
     if said.stream is not None:
         answers[said.stream] = {"schema": TEXT}

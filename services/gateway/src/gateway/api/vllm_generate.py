@@ -6,10 +6,11 @@ so far.
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from fastapi import APIRouter
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -29,6 +30,18 @@ from gateway.core.serving import Serving
 _DEFAULT_MAX_TOKENS = 16  # vLLM's
 
 
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError("is not supported")
+    return value
+
+
+def _on(value: bool) -> bool:
+    if not value:
+        raise ValueError("must be true: special tokens are never text")
+    return value
+
+
 class GenerateBody(SamplingBody):
     """The request. Unlike OpenAI's, a field that we do not know is refused, as vLLM's server does."""
 
@@ -36,12 +49,13 @@ class GenerateBody(SamplingBody):
     refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     model: ModelName | None = None  # type: ignore[assignment]  # vLLM serves one, and so do we mostly
+    stream_options: SkipJsonSchema[None] = None
     prompt: Annotated[str, Field(min_length=1)]
     max_tokens: MaxTokensOrNone | None = None
     # What vLLM's clients send although it asks for nothing.
-    best_of: Literal[1] | None = None
-    use_beam_search: Literal[False] | None = None
-    skip_special_tokens: Literal[True] | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    use_beam_search: Annotated[bool, AfterValidator(_off), WithJsonSchema({"const": False})] | None = None
+    skip_special_tokens: Annotated[bool, AfterValidator(_on), WithJsonSchema({"const": True})] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # the answer has no place for them
 
     def request(self, tenant: str) -> GraphRequest:

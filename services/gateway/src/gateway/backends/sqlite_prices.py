@@ -32,10 +32,10 @@ class SqlitePrices:
         self._database = database
 
     async def put(self, entry: PriceEntry, now_unix_ms: int) -> None:
-        """Writes a price that has not begun; raises INVALID_ARGUMENT for one that has."""
+        """Writes a price that has not begun; raises FAILED_PRECONDITION for one that has."""
         if entry.effective_unix_ms < now_unix_ms:
             raise PlatformError(
-                Code.INVALID_ARGUMENT,
+                Code.FAILED_PRECONDITION,
                 "effective_from lies in the past: what was used then has its cost already",
                 param="effective_from",
                 reason="invalid_value",
