@@ -228,3 +228,40 @@ async def test_an_encoder_that_fails_is_a_status_and_a_record(world, monkeypatch
     assert response.status_code == 503 and response.headers["retry-after"] == "2"
     await eventually(lambda: len(world.ledger.records) == 1)
     assert world.ledger.records[0].finish_reason == "error"
+
+
+async def test_a_whole_number_may_be_written_with_a_point(world):
+    sent = {"model": MODEL, "prompt": [[1.0, 2]], "max_tokens": 2.0, "seed": -1.0, "logprobs": None}
+    async with world.client() as client:
+        response = await client.post("/v1/completions", json=sent)
+        refused = [
+            await client.post("/v1/completions", json=sent | changes)
+            for changes in ({"max_tokens": 2.5}, {"prompt": [1.0, 2.5]}, {"max_tokens": 1e300}, {"stop": 1.0})
+        ]
+    assert response.status_code == 200
+    (call,) = world.generator.calls
+    assert (call.prompt, call.stopping.max_tokens, call.sampling.seed) == ((1, 2), 2, 2**64 - 1)
+    assert [(answer.status_code, answer.json()["error"]["param"]) for answer in refused] == [
+        (400, "max_tokens"),
+        (400, "prompt[1]"),
+        (400, "max_tokens"),
+        (400, "stop"),
+    ]
+
+
+async def test_405_tells_every_method_of_a_path(world):
+    async with world.client() as client:
+        response = await client.post("/v1/models")
+    assert response.status_code == 405 and response.headers["allow"] == "GET"
+
+
+async def test_the_document_needs_no_key_and_names_every_route(world):
+    async with world.client(key=None) as stranger:
+        document = (await stranger.get("/openapi.json")).json()
+    chat = document["paths"]["/v1/chat/completions"]["post"]
+    assert chat["security"] == [{"bearer": []}]
+    assert set(chat["responses"]["200"]["content"]) == {"application/json", "text/event-stream; charset=utf-8"}
+    schema = chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].removeprefix("#/components/schemas/")
+    assert {"model", "messages"} <= set(document["components"]["schemas"][schema]["required"])
+    errors = document["paths"]["/v1/messages"]["post"]["responses"]
+    assert errors["429"] == {"$ref": "#/components/responses/AnthropicRateLimited"}

@@ -104,8 +104,8 @@ def from_http_exception(error: HTTPException, method: str, path: str) -> Platfor
     return internal_error()
 
 
-def install(app: FastAPI, routes: Sequence[APIRoute]) -> None:
-    """Makes every error of the routes leave in the envelope."""
+def install(app: FastAPI, routes: Sequence[APIRoute] = ()) -> None:
+    """Makes every error of the routes leave in the envelope; 405 tells the methods that `routes` have for a path."""
 
     async def platform_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, PlatformError)
@@ -122,8 +122,8 @@ def install(app: FastAPI, routes: Sequence[APIRoute]) -> None:
     async def http_exception(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
         response = error_response(from_http_exception(exc, request.method, request.url.path), request.scope)
-        if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-            response.headers["allow"] = ", ".join(sorted(_allowed(routes, request.url.path)))
+        if allowed := exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED and _allowed(routes, request.url.path):
+            response.headers["allow"] = ", ".join(sorted(allowed))
         return response
 
     async def unexpected(request: Request, _: Exception) -> Response:

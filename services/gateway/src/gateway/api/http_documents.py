@@ -100,7 +100,7 @@ _FORM_SCHEMAS: dict[str, Schema] = {
     "external_id": _LINE_SCHEMA,
     "collection": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"},
     "metadata": {"type": "object", "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,63}$"}, "maxProperties": 64}
-    | {"additionalProperties": {"type": ["string", "boolean"], "maxLength": 100}},
+    | {"additionalProperties": {"type": ["string", "boolean"], "maxLength": 1024}},
     "content_type": _CONTENT_TYPE,
 }
 _FORM = form({"file": TEXT_FILE}, _FORM_SCHEMAS)
