@@ -1,14 +1,14 @@
 # The commands of Pressroom. Everything they need is set up by themselves.
 PYTHON ?= python3
 VENV := .venv/bin
-SRC := $(wildcard libs/*/src services/*/src) loadtest tools/bench_engine
+SRC := $(wildcard libs/*/src services/*/src) loadtest tools/bench_engine tools/bench_gateway tools/bench_overload
 CHECKED := libs services loadtest tests tools
 
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup checks-env vllm-env up down test test-fast test-vllm unit-gateway unit-services unit-rest lint models protos compose-env loadtest \
-	bench-load bench-perplexity bench-colocation bench-engine bench-behaviour bench-greedy bench-gpu llama-server
+	bench-load bench-perplexity bench-colocation bench-usage bench-gateway bench-engine bench-behaviour bench-greedy bench-gpu bench-overload llama-server
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,8 +85,14 @@ bench-perplexity: setup models ## What quantising costs: perplexity in bf16 and 
 bench-colocation: setup models ## Chat's time per output token alone and beside a finetune, in pairs, and their ratio
 	@$(VENV)/python tools/bench_colocation.py $(ARGS)
 
+bench-gateway: setup ## The gateway beside LiteLLM's proxy and Envoy, in front of one mock upstream, in turns (4 minutes)
+	@PYTHONPATH=tools $(VENV)/python -m bench_gateway $(ARGS)
+
 # tools/bench_engine/README.md explains; ARGS=--help lists what each takes.
 BENCH := PYTHONPATH=tools $(VENV)/python -m bench_engine
+
+bench-usage: setup ## How long reports take over a ledger of a million requests: p50 and p95
+	$(VENV)/python tools/bench_usage.py
 
 bench-engine: setup models ## Tokens/s and TTFT of the generator beside OpenVINO, vLLM and llama.cpp, in turns (8 minutes)
 	@$(BENCH) speed $(ARGS)
@@ -99,6 +105,9 @@ bench-greedy: setup models ## Greedy text of the generator beside transformers, 
 
 bench-gpu: setup models ## The torch engine beside transformers' continuous batching on a CUDA device
 	@$(BENCH) gpu $(ARGS)
+
+bench-overload: setup ## Goodput of the gateway at 1 to 5 times a backend's capacity, and fairness between two tenants (4 minutes)
+	@PYTHONPATH=tools $(VENV)/python -m bench_overload $(ARGS)
 
 llama-server: ## Compile llama.cpp's server for this processor, as a peer of bench-engine (half an hour)
 	@$(PYTHON) tools/llama_server.py

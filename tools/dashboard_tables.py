@@ -155,6 +155,66 @@ SIGNALS = Dashboard(
             ],
         ),
         (
+            "Flow control",
+            [
+                Panel(
+                    "Places at the backends",
+                    "short",
+                    [
+                        ("sum by (backend) (pressroom_admission_waiting)", "{{backend}} requests waiting"),
+                        ("sum by (backend) (pressroom_admission_running)", "{{backend}} sequences running"),
+                        ("sum by (backend) (pressroom_admission_limit)", "{{backend}} limit"),
+                    ],
+                    "What the gateway holds back, has let through, and lets through at most (found out by itself).",
+                ),
+                Panel(
+                    "Wait for a turn",
+                    "s",
+                    quantiles("pressroom_admission_wait_seconds", "", "backend", 0.5, 0.95),
+                    "Of the requests that went on. A part of the time to the first token.",
+                ),
+                Panel(
+                    "Shed requests",
+                    "reqps",
+                    [
+                        (
+                            "sum by (backend, cause) (rate(pressroom_admission_shed_total[$__rate_interval]))",
+                            "{{backend}} {{cause}}",
+                        )
+                    ],
+                    "503 at arrival. wait and deadline: it would have come too late; full: no place in the queue.",
+                ),
+                Panel(
+                    "Retries",
+                    "reqps",
+                    [
+                        (
+                            "sum by (backend, outcome) (rate(pressroom_backend_retries_total[$__rate_interval]))",
+                            "{{backend}} {{outcome}}",
+                        )
+                    ],
+                    "Before the first token. denied: the budget of a tenth of the requests was spent.",
+                ),
+                Panel(
+                    "Breakers",
+                    "short",
+                    [("max by (backend, address) (pressroom_breaker_state)", "{{backend}} {{address}}")],
+                    "0: it is asked. 2: it failed and is left alone. 1: the next request tries it.",
+                ),
+                Panel(
+                    "Answers by a fallback",
+                    "reqps",
+                    [
+                        (
+                            "sum by (model, answered_by) (rate(pressroom_fallbacks_total[$__rate_interval]))",
+                            "{{model}} by {{answered_by}}",
+                        )
+                    ],
+                    "Another model answered than the one that was asked.",
+                ),
+            ],
+        ),
+        (
             "Services",
             [
                 Panel(
@@ -247,6 +307,17 @@ MODELS = Dashboard(
                         )
                     ],
                     "Prompt tokens whose keys and values were there already.",
+                ),
+                Panel(
+                    "Records of usage",
+                    "reqps",
+                    [
+                        (
+                            "sum by (outcome) (rate(pressroom_usage_records_total[$__rate_interval]))",
+                            "{{outcome}}",
+                        )
+                    ],
+                    "received: the generator could not be asked what a broken stream used. lost: not in the ledger.",
                 ),
             ],
         ),
@@ -556,21 +627,44 @@ WORK = Dashboard(
             "Limits",
             [
                 Panel(
-                    "Refused by a key's limit",
+                    "Limits without room",
                     "reqps",
                     [
+                        (
+                            "sum by (scope, counted) (rate(pressroom_limit_refusals_total[$__rate_interval]))",
+                            "{{scope}} {{counted}}",
+                        ),
                         (
                             f'sum(rate(pressroom_requests_total{{{GATEWAY}, code="429"}}[$__rate_interval])) '
                             "or vector(0)",
                             "429",
                         ),
+                    ],
+                    "By whose limit it is and what it counts. Several may refuse one request; 429 counts requests.",
+                    12,
+                ),
+                Panel(
+                    "Limits without Valkey",
+                    "reqps",
+                    [
                         (
                             "sum(rate(pressroom_limiter_local_decisions_total[$__rate_interval]))",
-                            "decided without Valkey",
+                            "decided alone",
+                        ),
+                        (
+                            "sum(rate(pressroom_limiter_unsettled_total[$__rate_interval]))",
+                            "never given back",
                         ),
                     ],
-                    "Decided without Valkey: each gateway process counts for itself.",
-                    24,
+                    "Alone each gateway counts for itself. What was not given back in time counts as used in full.",
+                    12,
+                ),
+                Panel(
+                    "Repeats",
+                    "reqps",
+                    [("sum by (outcome) (rate(pressroom_repeats_total[$__rate_interval]))", "{{outcome}}")],
+                    "Answered from the cache (hit) or from another's run (shared); miss: looked up, not found.",
+                    12,
                 ),
             ],
         ),

@@ -3,7 +3,7 @@
 
 usage: python3 tools/lock.py           (needs `uv` on the PATH or in the environment; it is used for resolving only)
        python3 tools/lock.py --checks  makes constraints-checks.txt from requirements-checks.in in its place
-       python3 tools/lock.py --peers   the same for requirements-peers-*.in: what the engine is measured beside
+       python3 tools/lock.py --peers   the same for requirements-peers-*.in: what engine and gateway are measured beside
        python3 tools/lock.py --vllm    makes constraints-vllm.txt from requirements-vllm.in in its place
 
 torch is left out of the lock together with what only its CUDA build needs: it is installed first and by itself
@@ -82,7 +82,7 @@ def lock_vllm() -> int:
 
 
 def lock_peers() -> int:
-    """Makes the locks of the benchmark's peers. openvino-telemetry reports usage, and nobody asked for it."""
+    """Makes the locks of the benchmarks' peers. openvino-telemetry reports usage, and nobody asked for it."""
     for requirements in sorted(ROOT.glob("requirements-peers-*.in")):
         name = requirements.stem.removeprefix("requirements-")
         kept = [block for block in blocks(compile_lock(requirements)) if not block.startswith("openvino-telemetry==")]

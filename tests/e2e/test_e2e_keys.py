@@ -53,6 +53,31 @@ def test_listing_shows_no_secret(system):
     assert created["key"].split("-", 2)[2] not in listed
 
 
+def test_a_key_with_a_policy_does_what_it_says_and_no_more(system):
+    created = _create(system, "--tenant", "narrow", "--models", ENCODER, "--scopes", "embeddings,models.read")
+    http = system.http(created["key"])
+    assert http.post("/embeddings", json={"model": ENCODER, "input": "x"}).status_code == 200
+    assert [model["id"] for model in http.get("/models").json()["data"]] == [ENCODER]
+    answer = http.post("/chat/completions", json={})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "scope_missing")
+    system.cli("keys", "change", created["id"], "--models", "rag")
+    answer = http.post("/embeddings", json={"model": ENCODER, "input": "x"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_not_allowed")
+
+
+def test_a_rotated_secret_and_a_disabled_tenant_end_at_once(system):
+    created = _create(system, "--tenant", "ending")
+    rotated = json.loads(system.cli("keys", "rotate", created["id"], "--overlap", "0s", "--json").stdout)["key"]
+    assert system.http(created["key"]).get("/models").status_code == 401
+    assert system.http(rotated).get("/models").status_code == 200
+    system.cli("tenants", "disable", "ending")
+    assert system.http(rotated).get("/models").status_code == 401
+    said = json.loads(system.cli("audit", "verify", "--json").stdout)
+    assert said["ok"] is True
+    changes = json.loads(system.cli("audit", "list", "--subject", "ending", "--json").stdout)
+    assert [change["action"] for change in changes] == ["tenant.changed", "tenant.created"]
+
+
 def test_admin_routes_refuse_an_ordinary_key(system):
     base = system.env["PRESSROOM_BASE_URL"].removesuffix("/v1")
     assert system.http().get(f"{base}/admin/keys").status_code == 403

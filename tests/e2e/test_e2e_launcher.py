@@ -57,7 +57,11 @@ def test_secrets_are_not_in_logs(system):
 
 
 @pytest.mark.parametrize(
-    "command", ["up", "down", "status", "top", "logs", "trace", "doctor", "ask", "ingest", "keys", "jobs", "models"]
+    "command",
+    (
+        *("up", "down", "status", "top", "logs", "trace", "doctor", "ask", "ingest", "jobs", "models"),
+        *("keys", "tenants", "audit"),
+    ),
 )
 def test_help_shows_examples(system, command):
     assert "Examples:" in system.cli(command, "--help").stdout

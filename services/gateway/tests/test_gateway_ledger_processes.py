@@ -62,6 +62,8 @@ class Pair:
         """Every row of the ledger."""
         async with self.client(ADMIN_KEY) as client:
             lines = (await client.get("/admin/usage/rows")).text.splitlines()
+        if not lines:  # nothing is settled yet: even the names are missing
+            return []
         names, *rows = [line.split(",") for line in lines]
         return [dict(zip(names, row, strict=True)) for row in rows]
 

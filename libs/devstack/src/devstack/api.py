@@ -28,13 +28,21 @@ class Api:
             headers={"authorization": f"Bearer {key}"}, timeout=_TIMEOUT, trust_env=False, transport=transport
         )
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, query: dict[str, Any] | None = None) -> Any:
         """GETs a path below the base URL."""
-        return self._call("GET", path)
+        return self._call("GET", path, params=query)
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """POSTs JSON."""
         return self._call("POST", path, json=body)
+
+    def put(self, path: str, body: dict[str, Any]) -> Any:
+        """PUTs JSON."""
+        return self._call("PUT", path, json=body)
+
+    def patch(self, path: str, body: dict[str, Any]) -> Any:
+        """PATCHes with JSON."""
+        return self._call("PATCH", path, json=body)
 
     def delete(self, path: str) -> Any:
         """DELETEs."""

@@ -1,13 +1,16 @@
 """What the gateway is told by its environment, with the prefix GATEWAY_."""
 
+import json
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import NoDecode
 
 from chassis.settings import ServiceSettings, settings_config
 
 _ADDRESS = r"^[^\s:/]+:\d{1,5}$"
-_JWKS_URL = r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/])"
+_JWKS_URL = r"^(https://|http://(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?/)"
 _ADDRESSES = r"^[^\s:/,]+:\d{1,5}(,[^\s:/,]+:\d{1,5})*$"
 _GRAPHS_DIR = Path(__file__).with_name("graphs")
 
@@ -40,7 +43,13 @@ class GatewaySettings(ServiceSettings):
         None, description="Full key, sk-<id>-<secret>, made at the start: tenant default, no request limit."
     )
     bootstrap_admin_key: SecretStr | None = Field(None, description="Full key of an admin, made at the start.")
+    cache_ttl_s: float = Field(
+        3600.0, ge=1, le=7 * 86_400, description="Seconds for which an answer stays in the exact cache."
+    )
     graphs_dir: Path = Field(_GRAPHS_DIR, description="Folder with the declarations of the graphs (*.yaml).")
+    upstream_keys: Annotated[dict[str, SecretStr], NoDecode] = Field(
+        default_factory=dict, description='JSON object with the keys of upstreams: {"<name in the graphs>": "<key>"}.'
+    )
     request_timeout_s: float = Field(300.0, gt=0, le=3600, description="Most seconds that one request may take.")
     max_running: int = Field(
         32,
@@ -55,7 +64,7 @@ class GatewaySettings(ServiceSettings):
         512, ge=1, le=65536, description="Requests that may wait for their turn, for each backend; more are refused."
     )
     max_wait_s: float = Field(
-        30.0,
+        120.0,
         gt=0,
         le=3600,
         description="Longest wait for a turn, in seconds; who would wait longer is refused at once.",
@@ -94,3 +103,13 @@ class GatewaySettings(ServiceSettings):
         if issuer is not None and (not audience or (file is None) == (url is None)):
             raise ValueError("needs GATEWAY_OIDC_AUDIENCE, and GATEWAY_OIDC_JWKS_FILE or GATEWAY_OIDC_JWKS_URL")
         return issuer
+
+    @field_validator("upstream_keys", mode="before")
+    @classmethod
+    def _parsed(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError("is no JSON object") from None  # the parser's own error would hold the text

@@ -4,6 +4,7 @@ main.py calls open_state once and adds what comes back to the app; it knows noth
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,7 @@ from gateway.api.grpc_files import FileServicer
 from gateway.api.grpc_graphs import GraphServicer
 from gateway.api.http_admin_audit import audit_router
 from gateway.api.http_admin_keys import keys_router
+from gateway.api.http_admin_limits import limits_router
 from gateway.api.http_admin_tenants import tenants_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_evaluations import evaluations_router
@@ -45,6 +47,7 @@ from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_audit import SqliteAudit
 from gateway.backends.sqlite_documents import SqliteDocuments
 from gateway.backends.sqlite_finetuning import SqliteEvaluations, SqliteFinetunes
+from gateway.backends.sqlite_idempotency import SqliteIdempotency
 from gateway.backends.sqlite_jobs import SqliteJobs
 from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_ledger import SqliteLedger
@@ -55,6 +58,7 @@ from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.backends.sqlite_uploads import SqliteUploads
 from gateway.backends.sqlite_usage import SqliteUsage
 from gateway.backends.trainer_runs import TrainerRuns
+from gateway.backends.valkey_cache import ValkeyCache
 from gateway.backends.valkey_limits import ValkeyLimiter
 from gateway.core.administration import Administration
 from gateway.core.catalog import Catalog
@@ -62,14 +66,17 @@ from gateway.core.documents import Library
 from gateway.core.evaluations import Evaluations
 from gateway.core.finetuning import Finetuning
 from gateway.core.graph import Sequenced
+from gateway.core.idempotency import IdempotencyKeys
 from gateway.core.keys import KeyRing
 from gateway.core.ledger import FinalUsages, StartRecords, recover
-from gateway.core.limiting import Limiting, PlatformLimits
+from gateway.core.limiting import Limiting
 from gateway.core.limits import LocalLimiter
+from gateway.core.money import put_declared
+from gateway.core.platform_limits import PlatformLimits
 from gateway.core.ports import Keys, Ledger, RequestLimiter
+from gateway.core.repeats import Repeats
 from gateway.core.services import Embedder, Generator
 from gateway.core.serving import NoStage, Serving, Stage
-from gateway.core.sizes import RequestSizes
 from gateway.core.sizing import Sizes
 from gateway.core.tokens import Credentials, Tokens
 from gateway.core.uploads import Uploads
@@ -107,6 +114,7 @@ class State:
     recorder: Recorder
     catalog: Catalog
     serving: Serving
+    idempotency: IdempotencyKeys
     routers: tuple[APIRouter, ...]
     servicers: tuple[tuple[Callable[[Any, Any], None], object, str], ...]
     tasks: tuple[tuple[str, Callable[[], Coroutine[Any, Any, None]]], ...]
@@ -123,6 +131,7 @@ async def open_state(
     max_upload_bytes: int,
     max_tenant_upload_bytes: int,
     request_timeout_s: float,
+    cache_ttl_s: float = 3600.0,
     bus: Bus,
     graphs: Mapping[str, Sequenced],
     peers: Peers,
@@ -153,19 +162,29 @@ async def open_state(
     administration = Administration(book, pepper, keys, control)
     library = Library(files, documents, jobs, index, control, events.ingest_job)
     catalog = Catalog(graphs, peers.generator, peers.embedder, finetunes)
+    cache = ValkeyCache.connect(valkey_url, ttl_s=cache_ttl_s)
+    repeats = Repeats(catalog, cache)
     platform_limits = PlatformLimits(SqliteLimits(database))
     await platform_limits.refresh()
-    limiting = Limiting(limiter, Sizes(graphs, peers.generator, peers.embedder), platform_limits, count_refusal)
+    sizes = Sizes(graphs, peers.generator, peers.embedder)
+    limiting = Limiting(limiter, sizes, platform_limits, count_refusal)
     serving = Serving(
         catalog,
-        stages=(limiting, StartRecords(ledger, RequestSizes(catalog, peers.generator))),
+        stages=(limiting, StartRecords(ledger, sizes)),
         admission=peers.admission,
         on_fallback=count_fallback,
+        repeats=repeats,
     )
+    prices = SqlitePrices(database)
+    declared = {name: graph.upstream.price for name, graph in graphs.items() if graph.upstream and graph.upstream.price}
+    await put_declared(prices, declared, int(time.time() * 1000))
     finetuning = Finetuning(finetunes, kept, TrainerRuns(peers.trainer), events.train_job)
     evaluations = Evaluations(
         SqliteEvaluations(database, outbox), kept, EvaluatorTasks(peers.evaluator), events.evaluate_job
     )
+
+    idempotency = SqliteIdempotency(database)
+    await idempotency.open()
 
     if bootstrap_api_key:
         await administration.configure_key(bootstrap_api_key, DEFAULT_TENANT, is_admin=False, allows_text=True)
@@ -177,6 +196,8 @@ async def open_state(
 
     async def close() -> None:
         await recorder.close()
+        await repeats.close()
+        await cache.close()
         await limiter.close()
         await database.close()
 
@@ -187,6 +208,7 @@ async def open_state(
         recorder=recorder,
         catalog=catalog,
         serving=serving,
+        idempotency=IdempotencyKeys(idempotency, key_pepper.encode()),
         routers=(
             documents_router(library, max_upload_bytes=max_upload_bytes),
             files_router(Uploads(files, kept), files, max_upload_bytes=max_upload_bytes),
@@ -194,10 +216,11 @@ async def open_state(
             evaluations_router(evaluations, catalog),
             jobs_router(jobs, control),
             search_router(index),
-            usage_router(SqliteUsage(database), SqlitePrices(database)),
+            usage_router(SqliteUsage(database), prices),
             keys_router(administration),
             tenants_router(administration),
             audit_router(SqliteAudit(database)),
+            limits_router(platform_limits),
             monitor_router(MonitorProfiles(peers.monitor), finetunes),
             later_router(),
         ),
@@ -217,6 +240,7 @@ async def open_state(
             ("outbox-relay", Relay(outbox, bus).run),
             ("job-progress", job_consumer.consume_progress),
             ("dead-jobs", job_consumer.consume_dead_jobs),
+            ("idempotency-keys", idempotency.prune_forever),
             ("revoked-keys", RevocationListener(bus, keys).listen),
             ("left-requests", partial(recover, ledger, ledger, peers.usages)),
             *((("token-keys", oidc.run),) if oidc else ()),

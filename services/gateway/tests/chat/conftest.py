@@ -16,12 +16,15 @@ from chassis.telemetry import tracer
 from gateway.api.http import Limits, make_app
 from gateway.api.settlement import Recorder
 from gateway.backends.graph_files import Services, assemble, read_graphs
+from gateway.core.audit import Change
 from gateway.core.catalog import Catalog
 from gateway.core.finetuning import TunedModel
-from gateway.core.limiting import Limiting, PlatformLimits
+from gateway.core.limiting import Limiting
 from gateway.core.limits import LocalLimiter
+from gateway.core.platform_limits import PlatformLimits
 from gateway.core.policy import Limit
 from gateway.core.ports import LimitState, Principal, RequestRecord
+from gateway.core.repeats import Entry, Repeats
 from gateway.core.services import (
     Chat,
     Delta,
@@ -68,6 +71,7 @@ class FakeGenerator:
     error: Exception | None = None
     adapters: set[str] = field(default_factory=set)
     context_length: int = CONTEXT_LENGTH
+    version: str = "v1"
     script: str | None = None  # says this, three characters a token, and knows grammars
     stop_match: str = ""  # what ended the script
     timeouts_s: list[float] = field(default_factory=list)
@@ -102,7 +106,7 @@ class FakeGenerator:
             )
         complete = False
         try:
-            yield Started(len(prompt), "v1", self._prompt_logprobs(call, prompt))
+            yield Started(len(prompt), self.version, self._prompt_logprobs(call, prompt))
             for number in range(limit):
                 if self.fail_after == number and self.error is not None:
                     raise self.error
@@ -151,8 +155,8 @@ class FakeGenerator:
         if self.error is not None:
             raise self.error
         base = "smollm2-135m-instruct"
-        tuned = [ServedModel(adapter, 1_750_000_000, base) for adapter in sorted(self.adapters)]
-        return [ServedModel(base, 1_700_000_000, base), *tuned]
+        tuned = [ServedModel(adapter, 1_750_000_000, base, self.version) for adapter in sorted(self.adapters)]
+        return [ServedModel(base, 1_700_000_000, base, self.version), *tuned]
 
 
 @dataclass
@@ -260,7 +264,7 @@ class FakeLimitStore:
     async def limits(self) -> tuple[Limit, ...]:
         return self.kept
 
-    async def set_limits(self, limits: Sequence[Limit]) -> None:
+    async def set_limits(self, limits: Sequence[Limit], change: Change) -> None:
         self.kept = tuple(limits)
 
 
@@ -276,6 +280,19 @@ class FakeLedger:
         if self.error is not None:
             raise self.error
         self.records.append(record)
+
+
+class FakeCache:
+    """Keeps answers in a dictionary."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+
+    async def get(self, key: str) -> Entry | None:
+        return self.entries.get(key)
+
+    async def put(self, key: str, entry: Entry) -> None:
+        self.entries[key] = entry
 
 
 @dataclass
@@ -311,6 +328,11 @@ def limited_key() -> str:
 
 
 @pytest.fixture
+def cache() -> FakeCache:
+    return FakeCache()
+
+
+@pytest.fixture
 def keys() -> FakeKeys:
     return FakeKeys()
 
@@ -328,7 +350,7 @@ def admission() -> Stage:
 
 
 @pytest.fixture
-def world(keys: FakeKeys, graphs_dir: Path, admission: Stage) -> World:
+def world(cache: FakeCache, keys: FakeKeys, graphs_dir: Path, admission: Stage) -> World:
     generator, embedder, retriever, ledger = FakeGenerator(), FakeEmbedder(), FakeRetriever(), FakeLedger()
     tuned = FakeTunedModels()
     services = Services(generator, embedder, retriever, tracer().start_as_current_span)
@@ -338,7 +360,7 @@ def world(keys: FakeKeys, graphs_dir: Path, admission: Stage) -> World:
     limiting = Limiting(limiter, Sizes(graphs, generator, embedder), platform_limits, lambda meter: None)
     app = make_app(
         catalog=catalog,
-        serving=Serving(catalog, stages=(limiting,), admission=admission),
+        serving=Serving(catalog, stages=(limiting,), admission=admission, repeats=Repeats(catalog, cache)),
         embedder=embedder,
         keys=keys,
         limiter=FakeLimiter(),

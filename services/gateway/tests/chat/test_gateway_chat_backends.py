@@ -127,6 +127,12 @@ class EmbedderServer(embedder_pb2_grpc.EmbedderServiceServicer):
             usage=common_pb2.Usage(prompt_tokens=embedded.num_tokens),
         )
 
+    async def Tokenize(self, request, _):
+        counts = await self.fake.count_tokens(request.model, request.texts, timeout_s=5)
+        return embedder_pb2.TokenizeResponse(
+            texts=[embedder_pb2.TokenizedText(token_ids=range(count - 2)) for count in counts], num_special_tokens=2
+        )
+
     async def ListModels(self, request, context):
         return embedder_pb2.ListModelsResponse(
             models=[
@@ -269,6 +275,10 @@ class TestEmbedderContract:
     async def test_token_ids_and_dimensions(self, embedder):
         embedded = await embedder.embed("all-minilm-l6-v2", [(1, 2)], truncate=False, dimensions=1, timeout_s=5)
         assert [list(vector) for vector in embedded.vectors] == [[0.25]]
+
+    async def test_tokens_are_counted_with_the_special_ones(self, embedder):
+        counts = await embedder.count_tokens("all-minilm-l6-v2", ["a b c", "c d"], timeout_s=5)
+        assert list(counts) == [3, 2]
 
     async def test_too_long_is_refused_or_cut(self, embedder):
         long = ["x " * 20]

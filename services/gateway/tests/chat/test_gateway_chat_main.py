@@ -64,6 +64,7 @@ OIDC = {
         ({"OIDC_JWKS_URL": "http://id.example.com/keys"}, "OIDC_JWKS_URL"),  # anybody between could forge the keys
         ({"OIDC_JWKS_URL": "file:///etc/passwd"}, "OIDC_JWKS_URL"),
         ({"OIDC_JWKS_URL": "http://localhost.example.com/keys"}, "OIDC_JWKS_URL"),
+        ({"OIDC_JWKS_URL": "http://localhost:80@id.example.com/keys"}, "OIDC_JWKS_URL"),
     ],
 )
 def test_half_a_trust_in_tokens_is_refused(monkeypatch, capsys, changes, named):

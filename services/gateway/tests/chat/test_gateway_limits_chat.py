@@ -256,7 +256,7 @@ async def test_limits_on_a_model_hold_for_that_model(world, limit):
 
 
 async def test_limits_of_the_platform_hold_for_everybody(world, limit):
-    await world.platform_limits.replace([Limit(Counted.REQUESTS, 1, model=MODEL), Limit(Counted.REQUESTS, 2)])
+    await world.platform_limits.replace("admin", [Limit(Counted.REQUESTS, 1, model=MODEL), Limit(Counted.REQUESTS, 2)])
     async with limit() as one, world.client() as other:
         first = await one.post(CHAT, json=BODY)
         of_model = await other.post(CHAT, json=BODY)

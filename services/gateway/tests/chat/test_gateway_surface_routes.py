@@ -40,6 +40,13 @@ async def test_generate_says_a_failure_in_a_line_of_its_own(world):
     assert len(lines) == 2 and "secret" not in response.text
 
 
+@pytest.mark.parametrize(("max_tokens", "told"), [(62, 62), (63, None), (2**31 - 1, None)])
+async def test_a_completion_that_does_not_fit_ends_where_the_context_does(world, max_tokens, told):
+    async with world.client() as client:
+        response = await client.post("/generate", json={"prompt": "to be", "max_tokens": max_tokens})
+    assert response.status_code == 200 and world.generator.calls[0].stopping.max_tokens == told
+
+
 @pytest.mark.parametrize("path", ["/generate", "/rerank"])
 async def test_routes_outside_v1_need_a_key_and_count_against_its_limit(world, limited_key, path):
     async with world.client(key=None) as stranger:
@@ -189,7 +196,10 @@ BODIES = [
     (GENERATE, {"prompt": "x", "max_tokens": -1}, 400, "invalid_value", "max_tokens"),
     (GENERATE, {"prompt": "x", "n": 129}, 400, "invalid_value", "n"),
     (GENERATE, {"prompt": "x", "temperature": 5}, 400, "invalid_value", "temperature"),
-    (GENERATE, {"prompt": "x", "max_tokens": 1000}, 400, "context_length_exceeded", "prompt"),
+    (GENERATE, {"prompt": "x " * 64}, 400, "context_length_exceeded", "prompt"),
+    (GENERATE, {"prompt": "x", "n": 17}, 400, "invalid_value", "n"),
+    (GENERATE, {"prompt": ""}, 400, "invalid_value", "prompt"),
+    (GENERATE, {"prompt": "x", "stream_options": {"include_usage": True}}, 400, "invalid_value", "stream_options"),
     (RERANK, {"query": "x", "documents": ["x"]}, 400, "missing_required_parameter", "model"),
     (RERANK, rerank(query=""), 400, "invalid_value", "query"),
     (RERANK, rerank(query=None), 400, "invalid_type", "query"),

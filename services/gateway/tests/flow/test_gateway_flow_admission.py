@@ -5,13 +5,15 @@ import random
 from contextlib import AsyncExitStack
 
 import pytest
+from pydantic import ValidationError
 
 from chassis.errors import Code, PlatformError
+from gateway.api.admin_policies import PolicyBody, policy_of
 from gateway.core.account import Account
 from gateway.core.admission import Admission, Cause, Lane, QueueBounds
 from gateway.core.capacity import Capacity, CapacityBounds
 from gateway.core.graph import Deadline, GraphRequest
-from gateway.core.policy import Policy
+from gateway.core.policy import Policy, policy_from_json
 from gateway.core.ports import Principal
 from gateway.core.services import Stopping, Usage
 from gateway.core.serving import Ask
@@ -343,10 +345,28 @@ def test_capacity_grows_where_it_is_short_and_shrinks_where_the_backend_lets_wai
     for _ in range(100):
         capacity.ended_well()
     assert capacity.limit == 12
-    capacity.began(5.0)
-    capacity.began(5.0)  # of the same time: shrinks once
+    capacity.began(6.0)
+    capacity.began(6.0)  # of the same time: shrinks once
     assert capacity.limit == 10
+    capacity.began(2.0)  # neither soon nor late
+    for _ in range(100):
+        capacity.ended_well()
+    assert capacity.limit == 10
+    capacity.began(0.1)
+    for _ in range(100):
+        capacity.ended_well()
+    assert capacity.limit == 12
     for _ in range(20):
-        clock.advance(2)
+        clock.advance(10)
         capacity.refused()
     assert capacity.limit == 4
+
+
+def test_an_administrator_sets_a_tenants_weight():
+    body = PolicyBody.model_validate({"weight": 2.5, "priority": -1})
+    policy = policy_of(body)
+    assert (policy.weight, policy.priority) == (2.5, -1) and policy_from_json(policy.to_json()) == policy
+    assert policy_of(PolicyBody()).weight == 1.0
+    for weight in (0.0, -1.0, float("nan"), float("inf"), "2", 1001.0):
+        with pytest.raises(ValidationError):
+            PolicyBody.model_validate({"weight": weight})

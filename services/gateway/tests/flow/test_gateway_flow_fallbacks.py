@@ -24,6 +24,7 @@ class FakeGraph:
 
     def __init__(self, name, *events, fallbacks=(), first_token_s=None):
         self.name = name
+        self.uses_generator = True
         self.events = events
         self.fallbacks = Fallbacks(tuple(fallbacks), first_token_s)
         self.num_runs = self.num_closed = 0
@@ -96,8 +97,14 @@ async def test_what_was_not_passed_on_is_not_accounted():
     lost = [Grounding(True), Started(500, "v1"), AWAY]
     events, account = await answered(FakeGraph("first", *lost, fallbacks=["second"]), FakeGraph("second", *ANSWER))
     assert events == [Answering("second"), *ANSWER] and account.usage.prompt_tokens == 3
-    account.asks_generator()
     assert not account.is_exact  # the generator is asked what the first try used
+
+
+async def test_what_another_server_tells_is_exact_though_the_generator_was_asked_first():
+    second = FakeGraph("second", *ANSWER)
+    second.uses_generator = False
+    _, account = await answered(FakeGraph("first", Started(500, "v1"), AWAY, fallbacks=["second"]), second)
+    assert account.is_exact and account.usage == Usage(3, 1)
 
 
 async def test_a_model_that_has_begun_to_speak_is_not_replaced():

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chassis.errors import Code, PlatformError
-from gateway.core.breaker import Breaker, BreakerRules, BreakerState
 from gateway.core.capacity import Capacity, CapacityBounds
+from gateway.core.circuit import Circuit, CircuitRules, CircuitState
 from gateway.core.guard import Backend, Guard
 from gateway.core.retry_budget import RetryBudget
 from gateway.core.services import Abandoned, Delta, Done, Finished, Started, Usage
@@ -23,7 +23,7 @@ BAD = PlatformError(Code.INVALID_ARGUMENT, "no")
 LATE = PlatformError(Code.DEADLINE_EXCEEDED, "late")
 LOADING = PlatformError(Code.UNAVAILABLE, "the adapter is sick", reason="adapter_probe_failed")
 ANSWER = [Started(3, "v1"), Delta(0, "a", 1), Delta(0, "b", 1), Finished(0, "stop"), Done(Usage(3, 2))]
-RULES = BreakerRules(consecutive=3, least_outcomes=10, window_s=10, first_open_s=1, longest_open_s=8)
+RULES = CircuitRules(consecutive=3, least_outcomes=10, window_s=10, first_open_s=1, longest_open_s=8)
 
 
 class Replica:
@@ -63,7 +63,7 @@ def make_guard(*replicas, clock=None, budget=None, capacity=None):
     async def sleep(seconds):
         clock.advance(seconds)
 
-    backends = [Backend(f"r{i}", one, Breaker(RULES, clock, lambda: 1.0)) for i, one in enumerate(replicas)]
+    backends = [Backend(f"r{i}", one, Circuit(RULES, clock, lambda: 1.0)) for i, one in enumerate(replicas)]
     return Guard("generator", backends, Meter(), capacity, budget, sleep), backends, clock
 
 
@@ -116,7 +116,7 @@ async def test_what_is_no_absence_is_not_tried_again(error):
 async def test_a_request_is_tried_three_times_at_most():
     replica = Replica(AWAY)
     guard, backends, _ = make_guard(replica)
-    backends[0].breaker = Breaker(BreakerRules(consecutive=100), FakeClock())
+    backends[0].breaker = Circuit(CircuitRules(consecutive=100), FakeClock())
     assert await error_of(guard) is AWAY
     assert replica.num_calls == 3 and guard._meter.outcomes == ["failed", "failed"]
 
@@ -140,7 +140,7 @@ def test_retries_never_exceed_a_tenth_of_the_requests_and_the_first_ten(outcomes
     async def send():
         replica = Replica(AWAY)
         guard, backends, _ = make_guard(replica)
-        backends[0].breaker = Breaker(BreakerRules(consecutive=10**9, least_outcomes=10**9), FakeClock())
+        backends[0].breaker = Circuit(CircuitRules(consecutive=10**9, least_outcomes=10**9), FakeClock())
         for number, is_away in enumerate(outcomes, start=1):
             replica.script = [AWAY] if is_away else [ANSWER] if chance.random() < 0.5 else [AWAY, ANSWER]
             try:
@@ -165,7 +165,7 @@ async def test_a_cancelled_stream_closes_the_backends_and_counts_for_nothing():
     async with aclosing(guard.stream(lambda one, left_s: one.generate(left_s), 30.0)) as events:
         await anext(events)
     assert replica.num_closed == 1 and backends[0].num_running == 0
-    assert backends[0].breaker.state is BreakerState.CLOSED
+    assert backends[0].breaker.state is CircuitState.CLOSED
 
 
 async def test_a_backend_that_fails_is_left_alone_and_comes_back_by_itself():
@@ -173,13 +173,13 @@ async def test_a_backend_that_fails_is_left_alone_and_comes_back_by_itself():
     guard, backends, clock = make_guard(sick, well)
     for _ in range(30):
         assert without_abandoned(await run(guard)) == ANSWER
-    assert sick.num_calls <= RULES.consecutive + 1 and backends[0].breaker.state is BreakerState.OPEN
+    assert sick.num_calls <= RULES.consecutive + 1 and backends[0].breaker.state is CircuitState.OPEN
     sick.script = [ANSWER]
     clock.advance(10)
     before = sick.num_calls
     for _ in range(10):
         assert await run(guard) == ANSWER
-    assert sick.num_calls >= before + 4 and backends[0].breaker.state is BreakerState.CLOSED
+    assert sick.num_calls >= before + 4 and backends[0].breaker.state is CircuitState.CLOSED
 
 
 async def test_where_no_retry_is_left_nobodys_request_finds_out_whether_a_backend_is_back():
@@ -190,7 +190,7 @@ async def test_where_no_retry_is_left_nobodys_request_finds_out_whether_a_backen
     while guard._budget.allows:
         guard._budget.spend()
     clock.advance(100)
-    assert backends[0].breaker.state is BreakerState.HALF_OPEN
+    assert backends[0].breaker.state is CircuitState.HALF_OPEN
     before = sick.num_calls
     for _ in range(10):
         assert await run(guard) == ANSWER
@@ -235,7 +235,7 @@ async def test_the_least_busy_backend_is_asked():
 
 async def test_capacity_hears_of_waits_and_of_refusals():
     clock = FakeClock(100.0)
-    capacity = Capacity(CapacityBounds(10, 1, 10, slow_s=0.0), clock)
+    capacity = Capacity(CapacityBounds(10, 1, 10, late_s=0.0), clock)
     guard, _, _ = make_guard(Replica(ANSWER), capacity=capacity)
     clock.advance(1)
     await run(guard)
@@ -267,7 +267,7 @@ async def test_calls_are_guarded_as_streams_are():
 def make_breaker(**changes):
     clock = FakeClock()
     rules = {"consecutive": 3, "least_outcomes": 10, "window_s": 10, "first_open_s": 1, "longest_open_s": 8} | changes
-    return Breaker(BreakerRules(**rules), clock, lambda: 1.0), clock
+    return Circuit(CircuitRules(**rules), clock, lambda: 1.0), clock
 
 
 def fail(breaker, num=1):
@@ -283,7 +283,7 @@ def test_a_breaker_opens_after_failures_in_a_row_and_not_before():
     fail(breaker, 2)
     assert breaker.admits
     fail(breaker)
-    assert breaker.state is BreakerState.OPEN and not breaker.admits and breaker.open_s == 1
+    assert breaker.state is CircuitState.OPEN and not breaker.admits and breaker.open_s == 1
 
 
 def test_a_breaker_opens_where_half_fail():
@@ -299,7 +299,7 @@ def test_a_breaker_opens_where_half_fail():
     assert breaker.admits
     breaker.succeeded()
     fail(breaker)
-    assert breaker.state is BreakerState.OPEN
+    assert breaker.state is CircuitState.OPEN
 
 
 def test_one_request_at_a_time_tries_a_half_open_breaker_and_its_time_grows():
@@ -307,7 +307,7 @@ def test_one_request_at_a_time_tries_a_half_open_breaker_and_its_time_grows():
     fail(breaker, 3)
     for expected_s in (2, 4, 8, 8):
         clock.advance(breaker.open_s)
-        assert breaker.state is BreakerState.HALF_OPEN and breaker.admits
+        assert breaker.state is CircuitState.HALF_OPEN and breaker.admits
         breaker.ask()
         assert not breaker.admits
         breaker.failed()
@@ -318,7 +318,7 @@ def test_one_request_at_a_time_tries_a_half_open_breaker_and_its_time_grows():
     assert breaker.admits
     breaker.ask()
     breaker.succeeded()
-    assert breaker.state is BreakerState.CLOSED
+    assert breaker.state is CircuitState.CLOSED
     fail(breaker, 3)
     assert breaker.open_s == 8  # it had hardly come back
     clock.advance(8)

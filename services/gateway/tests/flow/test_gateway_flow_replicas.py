@@ -8,7 +8,7 @@ import pytest
 from chassis import rpc
 from chassis.errors import Code, PlatformError
 from gateway.backends.generator import GrpcGenerator
-from gateway.core.breaker import Breaker, BreakerRules, BreakerState
+from gateway.core.circuit import Circuit, CircuitRules, CircuitState
 from gateway.core.guard import Backend, Guard
 from gateway.core.guarded import GuardedGenerator
 from gateway.core.services import Delta, Finished, Generation, Stopping
@@ -18,7 +18,7 @@ from testkit.processes import ServiceProcess
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
 MODEL = "smollm2-135m-instruct"
-RULES = BreakerRules(consecutive=3, first_open_s=0.2, longest_open_s=1.0)
+RULES = CircuitRules(consecutive=3, first_open_s=0.2, longest_open_s=1.0)
 
 
 class Meter:
@@ -52,7 +52,7 @@ async def guarded(processes):
         backends = []
         for process in processes:
             channel = await channels.enter_async_context(rpc.connect(process.address))
-            backends.append(Backend(process.address, GrpcGenerator(channel), Breaker(RULES)))
+            backends.append(Backend(process.address, GrpcGenerator(channel), Circuit(RULES)))
         yield GuardedGenerator(Guard("generator", backends, Meter())), backends
 
 
@@ -87,13 +87,13 @@ async def test_a_killed_replica_is_not_noticed_before_the_first_token_and_comes_
     clients = [asyncio.create_task(client()) for _ in range(6)]
     await eventually(lambda: len(outcomes) > 60 and all(served(process) > 5 for process in processes), timeout_s=60)
     await asyncio.to_thread(processes[0].kill9)
-    await eventually(lambda: backends[0].breaker.state is not BreakerState.CLOSED, timeout_s=30)
+    await eventually(lambda: backends[0].breaker.state is not CircuitState.CLOSED, timeout_s=30)
     num_then = len(outcomes)
     await eventually(lambda: len(outcomes) > num_then + 60, timeout_s=60)
     await asyncio.to_thread(processes[0].start)
     before = served(processes[0])
     await eventually(
-        lambda: backends[0].breaker.state is BreakerState.CLOSED and served(processes[0]) > before + 5, timeout_s=60
+        lambda: backends[0].breaker.state is CircuitState.CLOSED and served(processes[0]) > before + 5, timeout_s=60
     )
     is_over = True
     await asyncio.gather(*clients)
@@ -117,5 +117,5 @@ async def test_deadline_and_cancel_reach_the_generator_through_the_guard(process
         ended = [error.code]
     assert ended in (["deadline"], [Code.DEADLINE_EXCEEDED])
     await eventually(lambda: sum(p.metric("pressroom_running_sequences") for p in processes) == 0)
-    assert [backend.breaker.state for backend in backends] == [BreakerState.CLOSED] * 2
+    assert [backend.breaker.state for backend in backends] == [CircuitState.CLOSED] * 2
     assert [backend.num_running for backend in backends] == [0, 0]

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from devstack.cli import content, models, system
+from devstack.cli import access, audit, content, models, system
 from devstack.cli.failures import report
 from devstack.cli.output import examples
 
@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 system.register(app)
 content.register(app)
+access.register(app)
+audit.register(app)
 models.register(app)
 
 

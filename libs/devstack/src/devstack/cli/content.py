@@ -1,4 +1,4 @@
-"""Commands that talk to the running system over its HTTP API: ask, ingest, keys, jobs."""
+"""Commands that talk to the running system over its HTTP API: ask, ingest, jobs."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,13 +33,6 @@ def register(app: typer.Typer) -> None:
     )(ask)
     app.command(epilog=examples("./pressroom ingest README.md", "./pressroom ingest docs/ --collection manuals"))(
         ingest
-    )
-    keys = typer.Typer(no_args_is_help=True, help="Create, list and revoke access keys.", rich_markup_mode=None)
-    keys.command("create", epilog=examples("./pressroom keys create --rpm 60 --tenant acme"))(create_key)
-    keys.command("list", epilog=examples("./pressroom keys list --json"))(list_keys)
-    keys.command("revoke", epilog=examples("./pressroom keys revoke 1f0c9a2b3d4e5f60"))(revoke_key)
-    app.add_typer(
-        keys, name="keys", epilog=examples("./pressroom keys create --rpm 60 --json", "./pressroom keys list")
     )
     jobs = typer.Typer(no_args_is_help=True, help="Show and cancel long jobs.", rich_markup_mode=None)
     jobs.command("list", epilog=examples("./pressroom jobs list"))(list_jobs)
@@ -118,39 +111,9 @@ def _files_of(path: Path) -> list[Path]:
     return [path]
 
 
-def create_key(
-    rpm: Annotated[int | None, typer.Option("--rpm", min=1, help="Requests a minute. Default: no limit.")] = None,
-    tenant: Annotated[str, typer.Option("--tenant", help="Whose key it is.")] = "default",
-    as_json: _Json = False,
-) -> None:
-    """Create a key. It is shown once and never again."""
-    body: dict[str, Any] = {"tenant": tenant} | ({"rpm": rpm} if rpm is not None else {})
-    created = _admin().post("/admin/keys", body)
-    if as_json:
-        print_json({"id": created["id"], "key": created["key"]})
-    else:
-        print(created["key"])
-
-
-def list_keys(as_json: _Json = False) -> None:
-    """List keys, without their secrets."""
-    rows = _items(_admin().get("/admin/keys"))
-    if as_json:
-        print_json(rows)
-        return
-    columns = ("id", "tenant", "rpm", "is_admin", "revoked")
-    print_table(columns, [[row.get(column) for column in columns] for row in rows])
-
-
-def revoke_key(key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id.")]) -> None:
-    """Revoke a key for good."""
-    _admin().delete(f"/admin/keys/{key_id}")
-    print(f"{key_id} is revoked")
-
-
 def list_jobs(as_json: _Json = False) -> None:
     """List jobs, newest first."""
-    rows = _items(_api().get("/jobs"))
+    rows = items(_api().get("/jobs"))
     if as_json:
         print_json(rows)
         return
@@ -178,7 +141,8 @@ def _progress(job: dict[str, Any]) -> str:
     return f"{progress.get('done', 0)}/{progress.get('total', 0)}"
 
 
-def _items(answer: Any) -> list[dict[str, Any]]:
+def items(answer: Any) -> list[dict[str, Any]]:
+    """What a list answer lists."""
     items: list[dict[str, Any]] = answer["data"] if isinstance(answer, dict) else answer
     return items
 
@@ -194,5 +158,6 @@ def _api(key_name: str = "PRESSROOM_API_KEY") -> "Api":
     return Api(env["PRESSROOM_BASE_URL"], env[key_name])
 
 
-def _admin() -> "Api":
+def admin() -> "Api":
+    """The API of the running system, with the admin's key."""
     return _api("PRESSROOM_ADMIN_KEY")

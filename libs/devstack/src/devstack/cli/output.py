@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 
 
 def examples(*lines: str) -> str:
@@ -21,3 +22,13 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def day(unix_s: int | None) -> str | None:
+    """Writes the day of a moment, in UTC."""
+    return None if unix_s is None else f"{datetime.fromtimestamp(unix_s, UTC):%Y-%m-%d}"
+
+
+def moment(unix_s: float) -> str:
+    """Writes a moment, in UTC."""
+    return f"{datetime.fromtimestamp(unix_s, UTC):%Y-%m-%d %H:%M:%SZ}"

@@ -13,6 +13,7 @@ from gateway.api.scopes import SCOPES
 from gateway.core.policy import Algorithm, Budget, Counted, Limit, Policy
 
 _MICROS = 1_000_000
+_ONE_MICRO = Decimal("0.000001")
 _MAX_MONEY = Decimal(10**9)
 _MAX_AMOUNT = 10**12
 _MAX_WINDOW_S = 31 * 86_400.0
@@ -74,6 +75,7 @@ class PolicyBody(Body):
     limits: Annotated[list[LimitBody], Field(max_length=32)] | None = None
     budget: BudgetBody | None = None
     priority: Annotated[int, Field(ge=-_MAX_ABS_PRIORITY, le=_MAX_ABS_PRIORITY)] | None = None
+    weight: Annotated[float, Field(gt=0, le=1000)] | None = None
     caches: bool | None = None
 
     @field_validator("scopes")
@@ -137,6 +139,7 @@ def policy_shape(policy: Policy) -> Mapping[str, Any]:
         ],
         "budget": policy.budget and {"amount": policy.budget.amount_micros / _MICROS, "period": policy.budget.period},
         "priority": policy.priority,
+        "weight": policy.weight,
         "caches": policy.caches,
     }
 
@@ -147,6 +150,7 @@ _READ: Mapping[str, Any] = {
     "limits": lambda limits: tuple(one.limit() for one in limits or ()),
     "budget": lambda budget: budget and budget.budget(),
     "priority": lambda priority: priority or 0,
+    "weight": lambda weight: weight or 1.0,
     "caches": bool,
 }
 
@@ -154,10 +158,8 @@ _READ: Mapping[str, Any] = {
 def _micros(amount: str | int | float) -> int:
     try:
         money = Decimal(str(amount))  # of a float the shortest digits that mean it: 0.1 is 0.1
-        micros = money * _MICROS
-        is_whole = micros == int(micros)
-    except (InvalidOperation, OverflowError, ValueError):  # no number, or none that is finite
+    except InvalidOperation:
         raise ValueError("must be an amount of money") from None
-    if not is_whole or not 0 <= money <= _MAX_MONEY:
+    if not money.is_finite() or not 0 <= money <= _MAX_MONEY or money != money.quantize(_ONE_MICRO):
         raise ValueError(f"must be from 0 to {_MAX_MONEY} with at most six places")
-    return int(micros)
+    return int(money / _ONE_MICRO)

@@ -18,7 +18,7 @@ from gateway.api.inference import EVENT_STREAM, InferenceResponse, ask_of, deadl
 from gateway.api.json_body import Body, invalid, read_json, validate
 from gateway.api.openai_answers import MESSAGE
 from gateway.api.openai_chat import ChatBody
-from gateway.api.openai_params import MAX_STOPS, MaxTokens, ModelName, StopString
+from gateway.api.openai_params import MAX_STOPS, MaxTokens, ModelName, StopString, TopP
 from gateway.api.openai_tools import MAX_TOOLS, Name
 from gateway.api.openapi import documented
 from gateway.api.openapi_schemas import COUNT, record
@@ -127,7 +127,7 @@ class MessageBody(CountBody):
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
 
     def _chat_fields(self) -> dict[str, Any]:
         sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
@@ -182,7 +182,7 @@ def messages_router(serving: Serving) -> APIRouter:
         with _ANTHROPIC.naming():
             prompt = body.chat().request(principal.tenant).prompt
         assert isinstance(prompt, Chat)
-        num_tokens = await serving.count_tokens(graph, prompt, deadline_of(request))
-        return json_response({"input_tokens": num_tokens})
+        tokenized = await serving.tokenize(graph, prompt, deadline_of(request))
+        return json_response({"input_tokens": tokenized.num_tokens})
 
     return router

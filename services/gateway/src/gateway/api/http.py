@@ -13,6 +13,7 @@ from gateway.api.anthropic_messages import messages_router
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, Permission, RateLimit
 from gateway.api.middleware_account import Accounting
+from gateway.api.middleware_idempotency import Idempotency
 from gateway.api.middleware_wishes import Wishes
 from gateway.api.openai_chat import chat_router
 from gateway.api.openai_completions import completions_router
@@ -23,6 +24,7 @@ from gateway.api.rerank import rerank_router
 from gateway.api.settlement import Recorder
 from gateway.api.vllm_generate import generate_router
 from gateway.core.catalog import Catalog
+from gateway.core.idempotency import IdempotencyKeys
 from gateway.core.ports import Keys, RequestLimiter
 from gateway.core.services import Embedder
 from gateway.core.serving import Serving
@@ -46,6 +48,7 @@ def make_app(
     limiter: RequestLimiter,
     recorder: Recorder,
     limits: Limits,
+    idempotency: IdempotencyKeys | None = None,
     routers: Iterable[APIRouter] = (),
 ) -> ASGIApp:
     """Makes the application; `routers` are those of the gateway's state (documents, jobs, search, admin)."""
@@ -68,7 +71,9 @@ def make_app(
     api_routes = [route for router in all_routers for route in router.routes if isinstance(route, APIRoute)]
     errors.install(routes, api_routes)
     openapi.install(routes, api_routes)
-    # From the outside in: the frame, the key, the account, the limit, the scopes, the wishes, the size, the routes.
-    capped = BodyCap(routes, max_body_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
+    # From the outside in: the frame, the key, the account, the limit, the scopes, the wishes, the size, what was
+    # answered before, the routes.
+    once = Idempotency(routes, keys=idempotency) if idempotency else routes
+    capped = BodyCap(once, max_body_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
     accounted = Accounting(RateLimit(Permission(Wishes(capped)), limiter=limiter), recorder=recorder)
     return RequestFrame(Authentication(accounted, keys=keys, open_app=routes), timeout_s=limits.timeout_s)

@@ -1,26 +1,29 @@
 """What was used and what it cost: /admin/usage, /admin/usage/rows, /admin/prices, and GET /v1/usage for a key's own."""
 
+import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal
 
+import orjson
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BeforeValidator, ConfigDict, Field
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from chassis.errors import Code, PlatformError
 from gateway.api.csv_stream import csv_page
 from gateway.api.identity import principal_of, require_admin
+from gateway.api.inference import json_response
 from gateway.api.json_body import Body, read_json
 from gateway.api.openapi import documented
 from gateway.api.openapi_schemas import COUNT, NUMBER, TEXT, array, one_of, record
 from gateway.core.money import Price, PriceEntry, PriceList
-from gateway.core.usage_reports import FIGURES, MAX_GROUPS, TOTALS, Group, Selection, UsageReports
+from gateway.core.usage_reports import FIGURES, MAX_GROUPS, ROW, TOTALS, Group, Selection, UsageReports
 
-_PAGE_ROWS = 2_000  # some milliseconds to read and to write; between two pages others have their turn
+_PAGE_ROWS = 2_000  # some 10 ms to read and to write, in threads; between two pages others have their turn
+_THREAD_FROM_SUMS = 2_000  # more take over 5 ms to write and would hold up the event loop
 _CSV = "text/csv; charset=utf-8; header=present"
 _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 _EPOCH = date(1970, 1, 1)
@@ -132,13 +135,13 @@ def usage_router(usage: UsageReports, prices: PriceList) -> APIRouter:
     @router.put("/admin/prices", response_model=None)
     @documented(_PRICE, body=NewPrice)
     async def put_price(request: Request) -> dict[str, Any]:
-        require_admin(request)
+        actor = require_admin(request).key_id
         body = await read_json(request, NewPrice)
         now_ms = int(time.time() * 1000)
         since_ms = now_ms if body.effective_from is None else body.effective_from * 1000
         cached = body.input_micros if body.cached_input_micros is None else body.cached_input_micros
         entry = PriceEntry(body.model, since_ms, Price(body.input_micros, cached, body.output_micros))
-        await prices.put(entry, now_ms)
+        await prices.put(entry, actor, now_ms)
         return _price_shape(entry)
 
     return router
@@ -155,23 +158,27 @@ async def _sums(usage: UsageReports, groups: Sequence[Group], selection: Selecti
         )
     if wanted == "csv":
         return StreamingResponse(_sum_pages(groups, found), media_type=_CSV, headers=_attachment("usage"))
-    return JSONResponse({"object": "list", "data": found})
+    content = {"object": "list", "data": found}
+    if len(found) <= _THREAD_FROM_SUMS:
+        return json_response(content)
+    return Response(await asyncio.to_thread(orjson.dumps, content), media_type="application/json")
 
 
 async def _sum_pages(groups: Sequence[Group], found: Sequence[Mapping[str, object]]) -> AsyncIterator[bytes]:
-    names = list(found[0]) if found else [group.value for group in groups]
+    names = [*(group.column for group in groups), *FIGURES]
     for start in range(0, max(1, len(found)), _PAGE_ROWS):
-        yield csv_page(names, found[start : start + _PAGE_ROWS], with_header=start == 0)
+        page = found[start : start + _PAGE_ROWS]
+        yield await asyncio.to_thread(csv_page, names, page, with_header=start == 0)
 
 
 async def _row_pages(usage: UsageReports, selection: Selection) -> AsyncIterator[bytes]:
-    place, is_first = (0, 0), True
+    yield csv_page(ROW, (), with_header=True)
+    place = (0, 0)
     while True:
         page, place = await usage.rows(selection, place, _PAGE_ROWS)
         if not page:
             return
-        yield csv_page(list(page[0]), page, with_header=is_first)
-        is_first = False
+        yield await asyncio.to_thread(csv_page, ROW, page, with_header=False)
 
 
 def _groups(text: str, allowed: Sequence[Group] | type[Group]) -> tuple[Group, ...]:

@@ -11,7 +11,7 @@ from gateway.api.openai_logprobs import chat_logprobs
 from gateway.api.openai_params import usage_object
 from gateway.api.openai_tools import ToolCallRendering
 from gateway.core.graph import Answering, GraphEvent, Grounding
-from gateway.core.services import Delta, Done, Finished, Started, TokenLogprob, Usage
+from gateway.core.services import Delta, Done, Finished, Started, TokenLogprob, ToolCallDelta, Usage
 
 
 class _Choice:
@@ -37,6 +37,11 @@ class _Choice:
             self.logprobs.extend(logprobs)
             if logprobs or not is_text or fields["content"]:
                 yield fields, logprobs
+
+    def take_call(self, piece: ToolCallDelta) -> Mapping[str, object]:
+        """The delta to show for a piece of a call."""
+        assert self._tools is not None  # no backend tells calls where no tools were given
+        return self._tools.take_call(piece)
 
     def finish(self, reason: str) -> Iterable[Mapping[str, object]]:
         """The deltas that are left; sets the reason."""
@@ -87,6 +92,8 @@ class ChatRendering(DataEvents):
                     self._usage += Usage(completion_tokens=event.num_tokens)
                 for fields, told in self._choices[event.index].take(event):
                     yield self._chunk(event.index, fields, chat_logprobs(told) if self._logprobs else None)
+            case ToolCallDelta():
+                yield self._chunk(event.index, self._choices[event.index].take_call(event), None)
             case Started():
                 self._fingerprint = event.model_version or None
                 self._usage += Usage(prompt_tokens=event.prompt_tokens)

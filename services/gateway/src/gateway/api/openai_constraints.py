@@ -36,7 +36,7 @@ class ResponseFormat(Body):
             return Grammar("json_object")
         if self.json_schema is None:
             raise invalid("response_format", "type json_schema needs the field json_schema with a schema")
-        return Grammar("json_schema", _dump(self.json_schema.json_schema))
+        return Grammar("json_schema", _dump(self.json_schema.json_schema), bool(self.json_schema.strict))
 
 
 class StructuredOutputs(Body):

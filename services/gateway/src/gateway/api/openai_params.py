@@ -11,6 +11,7 @@ from gateway.core.services import Sampling, Stopping, Usage
 
 MAX_CHOICES = 128  # completions of one request, over all of its prompts
 MAX_STOPS = 16
+_MAX_STOP_CHARS = 256
 _MAX_UINT32 = 2**32 - 1
 _MAX_COUNT = 2**31 - 1
 
@@ -18,15 +19,17 @@ TokenId = Annotated[int, Field(ge=0, le=_MAX_UINT32)]
 # The format says that a word is not enough: it must be an id that GET /v1/models tells.
 ModelName = Annotated[str, Field(min_length=1, max_length=256, json_schema_extra={"format": "model-id"})]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+# Bounds of the engines: less is nothing in their arithmetic, and what is longer they do not look for.
+TopP = Annotated[float, Field(ge=1e-6, le=1)]
+StopString = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_CHARS)]
 
-_STOP_SCHEMA = {
-    "anyOf": [
-        {"type": "string", "minLength": 1, "maxLength": 1024},
-        {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1, "maxLength": 1024}},
-        {"type": "null"},
-    ]
-}
+_STOP_TEXT = {"type": "string", "minLength": 1, "maxLength": _MAX_STOP_CHARS}
+_STOP_SCHEMA = {"anyOf": [_STOP_TEXT, {"type": "array", "maxItems": MAX_STOPS, "items": _STOP_TEXT}, {"type": "null"}]}
+
+LogitBias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=1024, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}),
+]
 
 
 class StreamOptions(Body):
@@ -60,15 +63,13 @@ class SamplingBody(Body):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     top_k: Annotated[int, Field(ge=-1, le=_MAX_COUNT)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=1024, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}
-    )
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
+    logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Annotated[list[StopString] | None, WithJsonSchema(_STOP_SCHEMA)] = Field(None, max_length=MAX_STOPS)
     stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS)
@@ -133,10 +134,11 @@ MaxTokensOrNone = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
 
 
 def usage_object(usage: Usage) -> dict[str, object]:
-    """OpenAI's usage."""
-    return {
+    """OpenAI's usage; counts that are no more than an estimate say so."""
+    counted: dict[str, object] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    return counted | {"is_estimate": True} if usage.is_estimate else counted

@@ -16,7 +16,7 @@ from gateway.api.inference import EVENT_STREAM, InferenceResponse, ask_of, graph
 from gateway.api.json_body import Body, invalid, read_json, validate
 from gateway.api.openai_answers import RESPONSE
 from gateway.api.openai_chat import MAX_TOP_LOGPROBS, ChatBody
-from gateway.api.openai_params import MaxTokens, ModelName
+from gateway.api.openai_params import MaxTokens, ModelName, TopP
 from gateway.api.openai_responses_items import Input, chat_turns
 from gateway.api.openai_responses_rendering import ResponseRendering
 from gateway.api.openai_tools import MAX_TOOLS, Name
@@ -100,7 +100,7 @@ class ResponseBody(Body):
     instructions: str | None = None
     max_output_tokens: MaxTokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     include: list[str] | None = Field(None, max_length=16)
     text: TextConfig | None = None

@@ -18,6 +18,7 @@ FINE_TUNING = "fine_tuning"
 EVALUATIONS = "evaluations"
 MODELS_READ = "models.read"
 MONITOR = "monitor"
+USAGE = "usage"
 ADMIN = "admin"  # opens nothing by itself: the key must be an admin's too
 
 # A path belongs to the first entry that it equals or lies below.
@@ -40,6 +41,7 @@ _SCOPE_OF: tuple[tuple[str, str], ...] = (
     ("/v1/evaluations", EVALUATIONS),
     ("/v1/models", MODELS_READ),
     ("/v1/monitor", MONITOR),
+    ("/v1/usage", USAGE),
     ("/admin", ADMIN),
 )
 SCOPES = tuple(dict.fromkeys(scope for _, scope in _SCOPE_OF))

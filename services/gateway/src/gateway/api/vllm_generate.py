@@ -17,17 +17,18 @@ from starlette.responses import Response
 from chassis.errors import PlatformError
 from gateway.api import errors
 from gateway.api.identity import principal_of
-from gateway.api.inference import JSON_LINES, InferenceResponse, JsonObject, ask_of, graph_of
+from gateway.api.inference import JSON_LINES, InferenceResponse, JsonObject, ask_of, deadline_of, graph_of
 from gateway.api.json_body import read_json
-from gateway.api.openai_params import MaxTokensOrNone, ModelName, SamplingBody
+from gateway.api.openai_params import MAX_STOPS, LogitBias, MaxTokens, ModelName, SamplingBody, TokenId
 from gateway.api.openapi import documented
 from gateway.api.openapi_schemas import TEXT, array, record
 from gateway.core.catalog import Catalog
-from gateway.core.graph import GraphEvent, GraphRequest
+from gateway.core.graph import Graph, GraphEvent, GraphRequest
 from gateway.core.services import Delta
 from gateway.core.serving import Serving
 
 _DEFAULT_MAX_TOKENS = 16  # vLLM's
+_MAX_CHOICES = 16  # of one prompt, the generator's
 
 
 def _off(value: bool) -> bool:
@@ -50,18 +51,21 @@ class GenerateBody(SamplingBody):
 
     model: ModelName | None = None  # type: ignore[assignment]  # vLLM serves one, and so do we mostly
     stream_options: SkipJsonSchema[None] = None
+    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] | None = None
+    # Which tokens there are, and how many fit, is the model's own: what OpenAI's routes say of these holds here too.
+    min_tokens: SkipJsonSchema[Annotated[int, Field(ge=0)] | None] = None
+    logit_bias: SkipJsonSchema[LogitBias | None] = None
+    stop_token_ids: SkipJsonSchema[Annotated[list[TokenId], Field(max_length=MAX_STOPS)] | None] = None
     prompt: Annotated[str, Field(min_length=1)]
-    max_tokens: MaxTokensOrNone | None = None
+    max_tokens: MaxTokens | None = None
     # What vLLM's clients send although it asks for nothing.
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     use_beam_search: Annotated[bool, AfterValidator(_off), WithJsonSchema({"const": False})] | None = None
     skip_special_tokens: Annotated[bool, AfterValidator(_on), WithJsonSchema({"const": True})] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None  # the answer has no place for them
 
-    def request(self, tenant: str) -> GraphRequest:
-        """What the graph is asked; raises INVALID_ARGUMENT for fields that do not fit together."""
-        self.check_options()
-        max_tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+    def request(self, tenant: str, max_tokens: int | None) -> GraphRequest:
+        """What the graph is asked; max_tokens None is up to the end of the context."""
         return GraphRequest(
             prompt=self.prompt,
             tenant=tenant,
@@ -69,6 +73,15 @@ class GenerateBody(SamplingBody):
             stopping=self.stopping(max_tokens),
             n=self.n or 1,
         )
+
+
+async def _fitting(request: Request, serving: Serving, graph: Graph, body: GenerateBody) -> int | None:
+    """The completion's length: as vLLM's server has it, one that does not fit ends where the context does."""
+    wanted = body.max_tokens or _DEFAULT_MAX_TOKENS
+    if wanted <= _DEFAULT_MAX_TOKENS or not graph.uses_generator:
+        return wanted
+    prompt = await serving.tokenize(graph, body.prompt, deadline_of(request))
+    return wanted if prompt.num_tokens + wanted <= prompt.context_length else None
 
 
 class GenerateRendering:
@@ -106,7 +119,8 @@ def generate_router(serving: Serving, catalog: Catalog) -> APIRouter:
         body = await read_json(request, GenerateBody)
         model = body.model or catalog.only_plain()
         graph = await graph_of(request, serving, model)
-        wanted = body.request(principal_of(request).tenant)
+        max_tokens = await _fitting(request, serving, graph, body)
+        wanted = body.request(principal_of(request).tenant, max_tokens)
         ask = ask_of(request, graph, [wanted])
         rendering = GenerateRendering(body.prompt, wanted.n)
         return InferenceResponse(serving.run(ask, graph), rendering, ask.account, stream=bool(body.stream))

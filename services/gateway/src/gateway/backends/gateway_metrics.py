@@ -3,7 +3,7 @@
 from prometheus_client import Counter, Gauge, Histogram
 
 from gateway.core.admission import Cause, Lane
-from gateway.core.breaker import Breaker
+from gateway.core.circuit import Circuit
 from gateway.core.meters import Meter
 
 LOCAL_DECISIONS = Counter(
@@ -17,13 +17,6 @@ LIMIT_REFUSALS = Counter(
 UNSETTLED = Counter(
     "pressroom_limiter_unsettled", "Reservations that could not be given back in time and count in full."
 )
-
-
-def count_refusal(meter: Meter) -> None:
-    """A limit had no room for a request."""
-    LIMIT_REFUSALS.labels(meter.scope.value, meter.limit.counted.value).inc()
-
-
 ADMISSION_WAIT_SECONDS = Histogram(
     "pressroom_admission_wait_seconds",
     "Time from arrival at a backend's queue to the turn.",
@@ -76,7 +69,7 @@ class LaneMeter:
         ADMISSION_RUNNING.labels(self._backend).set_function(lambda: lane.num_running)
         ADMISSION_LIMIT.labels(self._backend).set_function(lambda: lane.capacity.limit)
 
-    def watch_breaker(self, address: str, breaker: Breaker) -> None:
+    def watch_breaker(self, address: str, breaker: Circuit) -> None:
         """Shows whether the backend at this address is asked."""
         BREAKER_STATE.labels(self._backend, address).set_function(lambda: breaker.state)
 
@@ -84,3 +77,8 @@ class LaneMeter:
 def count_fallback(asked: str, answers: str) -> None:
     """Another model answers than the one that was asked."""
     FALLBACKS.labels(asked, answers).inc()
+
+
+def count_refusal(meter: Meter) -> None:
+    """A limit had no room for a request."""
+    LIMIT_REFUSALS.labels(meter.scope.value, meter.limit.counted.value).inc()

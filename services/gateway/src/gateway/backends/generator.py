@@ -76,7 +76,7 @@ class GrpcGenerator:
         """The models and adapters of the replica."""
         async with rpc.call("generator.ListModels", timeout_s=timeout_s) as out:
             response = await self._stub.ListModels(pb.ListModelsRequest(), timeout=out.timeout_s, metadata=out.metadata)
-        return [ServedModel(model.id, model.created_unix_s, model.base) for model in response.models]
+        return [ServedModel(model.id, model.created_unix_s, model.base, model.version) for model in response.models]
 
 
 def _request(call: Generation) -> pb.GenerateRequest:

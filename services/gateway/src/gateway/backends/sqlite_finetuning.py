@@ -127,6 +127,17 @@ class SqliteEvaluations:
         )
         self._outbox.notify()
 
+    async def job(self, tenant: str, job_id: str) -> Job | None:
+        """Returns the tenant's job."""
+
+        def query(connection: sqlite3.Connection) -> Job | None:
+            row = connection.execute(
+                f"SELECT {sqlite_jobs.COLUMNS} FROM jobs WHERE job_id = ? AND tenant = ?", (job_id, tenant)
+            ).fetchone()
+            return sqlite_jobs.job_of(row) if row else None
+
+        return await self._database.read(query)
+
 
 def _order(connection: sqlite3.Connection, job: Job, message: Message, file_param: str, what: str, most: int) -> None:
     """Writes a job and its message, if the file is still there and the tenant has not too many jobs."""

@@ -3,6 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Callable
+from functools import lru_cache
 
 from gateway.backends import sqlite_audit
 from gateway.backends.sqlite import Database
@@ -18,6 +19,9 @@ _SELECT_KEY = """
     FROM keys JOIN tenants USING (tenant)
 """
 _SELECT_TENANT = "SELECT tenant, allows_text, policy_json, disabled_unix_s FROM tenants "
+_NOBODY = ("", "", b"", 0, None, 0, None, 0, "{}", "{}", None, "", "{}", None, None, None)
+# Most keys have one of a few policies, and all are read again every second.
+_policy = lru_cache(maxsize=4096)(policy_from_json)
 
 
 class SqliteKeys:
@@ -81,7 +85,8 @@ class SqliteKeys:
 
 def _find_key(connection: sqlite3.Connection, key_id: str) -> KeyRow | None:
     row = connection.execute(_SELECT_KEY + "WHERE key_id = ?", (key_id,)).fetchone()
-    return _key(row) if row else None
+    found = _key(row or _NOBODY)  # time is not to tell whether there is a key of that id
+    return found if row else None
 
 
 def _find_tenant(connection: sqlite3.Connection, tenant: str) -> TenantRow | None:
@@ -159,8 +164,8 @@ def _key(row: tuple[object, ...]) -> KeyRow:
         created_unix_s=created_unix_s,
         revoked_unix_s=revoked_unix_s,
         allows_text=bool(allows_text),
-        policy=policy_from_json(str(policy)),
-        tenant_policy=policy_from_json(str(of_tenant)),
+        policy=_policy(str(policy)),
+        tenant_policy=_policy(str(of_tenant)),
         is_tenant_disabled=disabled_unix_s is not None,
         name=str(name),
         metadata=json.loads(str(metadata)),
@@ -173,4 +178,4 @@ def _key(row: tuple[object, ...]) -> KeyRow:
 def _tenant(row: tuple[object, ...]) -> TenantRow:
     tenant, allows_text, policy, disabled_unix_s = row
     assert isinstance(disabled_unix_s, int | None)
-    return TenantRow(str(tenant), bool(allows_text), policy_from_json(str(policy)), disabled_unix_s)
+    return TenantRow(str(tenant), bool(allows_text), _policy(str(policy)), disabled_unix_s)

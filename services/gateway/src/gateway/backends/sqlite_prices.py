@@ -2,9 +2,12 @@
 
 import sqlite3
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from chassis.errors import Code, PlatformError
+from gateway.backends import sqlite_audit
 from gateway.backends.sqlite import Database
+from gateway.core.audit import Change
 from gateway.core.money import Price, PriceEntry
 
 _COLUMNS = "model, effective_unix_ms, input_micros, cached_input_micros, output_micros"
@@ -31,8 +34,8 @@ class SqlitePrices:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def put(self, entry: PriceEntry, now_unix_ms: int) -> None:
-        """Writes a price that has not begun; raises FAILED_PRECONDITION for one that has."""
+    async def put(self, entry: PriceEntry, actor: str, now_unix_ms: int) -> None:
+        """See PriceList.put; with its row in the audit log."""
         if entry.effective_unix_ms < now_unix_ms:
             raise PlatformError(
                 Code.FAILED_PRECONDITION,
@@ -42,7 +45,10 @@ class SqlitePrices:
             )
         price = entry.price
 
+        details = asdict(price) | {"effective_unix_ms": entry.effective_unix_ms}
+
         def unit(connection: sqlite3.Connection) -> None:
+            sqlite_audit.append(connection, Change(actor, "price.set", entry.model, details))
             connection.execute(
                 f"INSERT OR REPLACE INTO prices ({_COLUMNS}) VALUES (?, ?, ?, ?, ?)",
                 (

@@ -178,6 +178,25 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # What they may do and how much, as core.policy writes it.
         "ALTER TABLE keys ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
         "ALTER TABLE tenants ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
+        # Repeats: answered from the cache, another's run or a stored answer; what they would have used else.
+        "ALTER TABLE usage ADD COLUMN repeat TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE usage ADD COLUMN repeated_prompt_tokens INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE usage ADD COLUMN repeated_completion_tokens INTEGER NOT NULL DEFAULT 0",
+        # slot is a keyed hash of tenant, key id and Idempotency-Key; answer is sealed, see sqlite_idempotency.
+        """
+        CREATE TABLE idempotency (
+            slot BLOB PRIMARY KEY,
+            tenant TEXT NOT NULL,
+            state TEXT NOT NULL,
+            claim TEXT NOT NULL,
+            fingerprint BLOB,
+            answer BLOB,
+            claimed_unix_ms INTEGER NOT NULL
+        ) STRICT
+        """,
+        "CREATE INDEX idempotency_of_tenant ON idempotency (tenant)",
+        "CREATE INDEX idempotency_by_age ON idempotency (claimed_unix_ms)",
+        "CREATE INDEX idempotency_running ON idempotency (state) WHERE state = 'running'",
         # The ledger: what is under way and what it may cost, what everything cost, and what it will.
         """
         CREATE TABLE open_usage (
@@ -220,6 +239,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (day, tenant, key_id, model)
         ) STRICT, WITHOUT ROWID
         """,
+        "CREATE INDEX usage_days_of_tenant ON usage_days (tenant, day)",
+        "CREATE INDEX usage_days_of_key ON usage_days (key_id, day)",
         """
         INSERT INTO usage_days
         SELECT started_unix_ms / 86400000, tenant, key_id, model, count(*), sum(error_code <> ''), sum(prompt_tokens),

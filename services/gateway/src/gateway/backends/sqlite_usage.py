@@ -9,31 +9,9 @@ from datetime import UTC, datetime, timedelta
 
 from gateway.backends.sqlite import Database
 from gateway.core.money import MS_PER_DAY
-from gateway.core.usage_reports import FIGURES, MAX_GROUPS, Cell, Group, Selection
+from gateway.core.usage_reports import FIGURES, MAX_GROUPS, ROW, Cell, Group, Selection
 
-_COLUMNS = {Group.TENANT: "tenant", Group.KEY: "key_id", Group.MODEL: "model", Group.DAY: "day"}
 _LAST_DAY = 2_932_896  # of the year 9999
-_ROW = (
-    "id",
-    "started_unix_ms",
-    "request_id",
-    "trace_id",
-    "tenant",
-    "key_id",
-    "model",
-    "route",
-    "prompt_tokens",
-    "completion_tokens",
-    "cached_tokens",
-    "cost_micros",
-    "finish_reason",
-    "http_status",
-    "stream",
-    "duration_s",
-    "ttft_s",
-    "error_code",
-    "is_exact",
-)
 
 
 class SqliteUsage:
@@ -46,7 +24,7 @@ class SqliteUsage:
         self, groups: Sequence[Group], selection: Selection, limit: int = MAX_GROUPS
     ) -> list[Mapping[str, Cell]]:
         """See UsageReports.sums."""
-        columns = [_COLUMNS[group] for group in groups]
+        columns = [group.column for group in groups]
         by_day = Group.DAY in groups or selection.first_day is not None or selection.last_day is not None
         conditions, values = _conditions(selection)
         if by_day:
@@ -74,11 +52,11 @@ class SqliteUsage:
         conditions, values = _conditions(selection)
         first_ms, last_ms = _span(selection)
         where = " AND ".join([*conditions, "(started_unix_ms, id) > (?, ?)", "started_unix_ms BETWEEN ? AND ?"])
-        statement = f"SELECT {', '.join(_ROW)} FROM usage WHERE {where} ORDER BY started_unix_ms, id LIMIT ?"
+        statement = f"SELECT {', '.join(ROW)} FROM usage WHERE {where} ORDER BY started_unix_ms, id LIMIT ?"
 
         def query(connection: sqlite3.Connection) -> list[Mapping[str, Cell]]:
             found = connection.execute(statement, (*values, *after, first_ms, last_ms, limit))
-            return [dict(zip(_ROW, row, strict=True)) for row in found]
+            return [dict(zip(ROW, row, strict=True)) for row in found]
 
         rows = await self._database.read(query)
         last = rows[-1] if rows else None

@@ -70,17 +70,17 @@ local function open(name, first)
     return m
 end
 
-local function wait(m)
-    return m.algorithm == 'leaky_bucket' and math.ceil((m.used + m.held * m.window) / m.amount) or 0
+local function wait(m, held)
+    return m.algorithm == 'leaky_bucket' and math.ceil((m.used + held * m.window) / m.amount) or 0
 end
 
-local function room(m)
+local function room(m, held)
     if m.algorithm == 'token_bucket' then
-        return math.floor((m.amount * m.window - m.used) / m.window) - m.held
+        return math.floor((m.amount * m.window - m.used) / m.window) - held
     elseif m.algorithm == 'leaky_bucket' then
-        return wait(m) <= math.min(LEAKY_WAIT, m.window) and m.amount or 0
+        return wait(m, held) <= math.min(LEAKY_WAIT, m.window) and m.amount or 0
     end
-    return m.amount - m.used - m.held
+    return m.amount - m.used - held
 end
 
 local function remaining(m)
@@ -88,7 +88,7 @@ local function remaining(m)
         local free = math.min(LEAKY_WAIT, m.window) * m.amount - m.used - m.held * m.window
         return math.min(m.amount, math.floor(free / m.window) + 1)
     end
-    return room(m)
+    return room(m, m.held)
 end
 
 local function reset(m)
@@ -104,10 +104,12 @@ local function reset(m)
 end
 
 local function retry(m, cost)
-    if m.algorithm == 'fixed_window' then
-        return m.at > 0 and m.at - now or HELD_RETRY
+    if cost <= room(m, 0) then
+        return HELD_RETRY
+    elseif m.algorithm == 'fixed_window' then
+        return reset(m)
     elseif m.algorithm == 'sliding_log' then
-        local missing, first = cost - room(m), 0
+        local missing, first = cost - room(m, m.held), 0
         while true do
             local entries = redis.call('ZRANGE', m.name .. ':log', first, first + 99, 'WITHSCORES')
             if #entries == 0 then return HELD_RETRY end
@@ -120,7 +122,7 @@ local function retry(m, cost)
     elseif m.algorithm == 'token_bucket' then
         return math.ceil((m.used + (m.held + cost - m.amount) * m.window) / m.amount)
     elseif m.algorithm == 'leaky_bucket' then
-        return wait(m) - math.min(LEAKY_WAIT, m.window)
+        return wait(m, m.held) - math.min(LEAKY_WAIT, m.window)
     end
     return HELD_RETRY
 end
@@ -144,7 +146,7 @@ local id, lease, least, most = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), to
 local meters, tokens = {}, most
 for i, name in ipairs(KEYS) do
     local m = open(name, 1 + 4 * i)
-    m.room = room(m)
+    m.room = room(m, m.held)
     if m.counted == 'tokens' then tokens = math.min(tokens, m.room) end
     meters[i] = m
 end
@@ -157,7 +159,7 @@ for _, m in ipairs(meters) do
 end
 for _, m in ipairs(meters) do
     if allowed == 1 then
-        longest = math.max(longest, wait(m))
+        longest = math.max(longest, wait(m, m.held))
         if m.counted == 'requests' then
             add(m, 1, id)
         else

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from chassis.errors import Code, PlatformError
 from gateway.core.capacity import Capacity
-from gateway.core.estimate import Pace, Sizes
+from gateway.core.estimate import Guesses, Pace
 from gateway.core.fair_queue import Entry, FairQueue
 from gateway.core.serving import Ask
 
@@ -84,7 +84,7 @@ class Lane:
         self._meter = meter
         self._clock = clock
         self._queue = FairQueue[_Place]()
-        self._sizes = Sizes()
+        self._guesses = Guesses()
         self._pace = Pace()
         self._running = {False: 0, True: 0}  # sequences, by whether they are of the background
 
@@ -101,7 +101,7 @@ class Lane:
     @asynccontextmanager
     async def hold(self, ask: Ask) -> AsyncIterator[None]:
         """Waits for the request's turn and holds its place; raises OVERLOADED or DEADLINE_EXCEEDED."""
-        size = self._sizes.guess(ask)
+        size = self._guesses.guess(ask)
         weight = ask.principal.tenant_policy.weight
         place = _Place(ask.principal.tenant, ask.priority, size.tokens, weight, size.width)
         arrived_s = self._clock()
@@ -116,7 +116,7 @@ class Lane:
             usage = ask.account.usage
             used = usage.prompt_tokens + usage.completion_tokens
             if is_whole and used:  # what was cut off tells little of how long a request takes
-                self._sizes.learn(ask, usage)
+                self._guesses.learn(ask, usage)
                 self._pace.learn(used, (self._clock() - admitted_s) * place.held)
                 self.capacity.ended_well()
             self._leave(place, used)
@@ -156,7 +156,7 @@ class Lane:
 
     def _expected_wait_s(self, place: _Place) -> float:
         """Until those before it have gone on, and one of those who run has ended."""
-        return self._pace.work_s(self._queue.ahead(place) + self._sizes.mean_tokens) / self.capacity.limit
+        return self._pace.work_s(self._queue.ahead(place) + self._guesses.mean_tokens) / self.capacity.limit
 
     def _make_room(self, place: _Place) -> None:
         """Sheds one where the queue is full: who has most there makes room for the others."""

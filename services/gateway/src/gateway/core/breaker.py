@@ -1,117 +1,44 @@
-"""Says whether a backend may be asked: it is left alone for a while when it fails too often, then tried.
+"""Says when a dependency that failed may be tried again."""
 
-Closed: it is asked. Open: it is not. Half-open, when its time is over: one request tries it, and its outcome decides.
-The time grows with every try that fails. Pure, for one event loop.
-"""
-
-import random
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import IntEnum
-
-
-class BreakerState(IntEnum):
-    """As the metric tells it."""
-
-    CLOSED = 0
-    HALF_OPEN = 1
-    OPEN = 2
-
-
-@dataclass(frozen=True, slots=True)
-class BreakerRules:
-    """When a breaker opens, and for how long."""
-
-    consecutive: int = 5  # failures in a row
-    ratio: float = 0.5  # or this part of the outcomes of the last window_s ...
-    least_outcomes: int = 20  # ... where there were so many
-    window_s: float = 10.0
-    first_open_s: float = 0.5  # doubled at every try that fails
-    longest_open_s: float = 30.0
 
 
 class Breaker:
-    """The breaker of one backend. Every ask() is followed by one of succeeded(), failed() and gave_up()."""
+    """Says whether a broken dependency may be tried: after a failure one try per cool-down, which doubles."""
 
     def __init__(
-        self,
-        rules: BreakerRules = BreakerRules(),
-        clock: Callable[[], float] = time.monotonic,
-        jitter: Callable[[], float] = random.random,
+        self, *, cooldown_s: float = 0.5, max_cooldown_s: float = 5.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._rules = rules
+        self._first_s = cooldown_s
+        self._max_s = max_cooldown_s
         self._clock = clock
-        self._jitter = jitter
-        self._outcomes: deque[tuple[float, bool]] = deque(maxlen=1024)
-        self._in_a_row = 0
-        self._num_opened = 0  # since it last worked for a whole window
-        self._open_until_s: float | None = None
-        self._closed_s = clock()
-        self._is_tried = False
+        self._cooldown_s = cooldown_s
+        self._retry_at: float | None = None
 
     @property
-    def state(self) -> BreakerState:
-        """Its state now."""
-        if self._open_until_s is None:
-            return BreakerState.CLOSED
-        return BreakerState.OPEN if self._clock() < self._open_until_s else BreakerState.HALF_OPEN
+    def is_open(self) -> bool:
+        """The dependency failed and has not answered since."""
+        return self._retry_at is not None
 
-    @property
-    def admits(self) -> bool:
-        """The backend may be asked."""
-        state = self.state
-        return state is BreakerState.CLOSED or (state is BreakerState.HALF_OPEN and not self._is_tried)
-
-    @property
-    def open_s(self) -> float:
-        """Seconds until it may be tried."""
-        return 0.0 if self._open_until_s is None else max(0.0, self._open_until_s - self._clock())
-
-    def ask(self) -> None:
-        """A request goes to the backend, whatever `admits` said."""
-        if self.state is BreakerState.HALF_OPEN:
-            self._is_tried = True
-
-    def succeeded(self) -> None:
-        """It answered."""
-        self._in_a_row = 0
-        self._note(True)
-        if self._open_until_s is not None:
-            self._open_until_s, self._is_tried = None, False
-            self._closed_s = self._clock()
-            self._outcomes.clear()
-
-    def failed(self) -> None:
-        """It did not answer, or broke off."""
-        self._in_a_row += 1
-        self._note(False)
-        state = self.state
-        if state is BreakerState.HALF_OPEN or (state is BreakerState.CLOSED and self._is_too_bad()):
-            self._open()
-
-    def gave_up(self) -> None:
-        """Nobody waited for the outcome."""
-        self._is_tried = False
-
-    def _note(self, is_good: bool) -> None:
-        now_s = self._clock()
-        self._outcomes.append((now_s, is_good))
-        while self._outcomes[0][0] < now_s - self._rules.window_s:
-            self._outcomes.popleft()
-
-    def _is_too_bad(self) -> bool:
-        if self._in_a_row >= self._rules.consecutive:
+    def permits(self) -> bool:
+        """Whether to try now; an open breaker permits one caller and moves its next time on."""
+        if self._retry_at is None:
             return True
-        num_bad = sum(not is_good for _, is_good in self._outcomes)
-        return len(self._outcomes) >= self._rules.least_outcomes and num_bad >= self._rules.ratio * len(self._outcomes)
+        if self._clock() < self._retry_at:
+            return False
+        self._retry_at = self._clock() + self._cooldown_s
+        return True
 
-    def _open(self) -> None:
-        now_s = self._clock()
-        if self._open_until_s is None and now_s - self._closed_s > self._rules.window_s:
-            self._num_opened = 0
-        open_s = min(self._rules.first_open_s * 2**self._num_opened, self._rules.longest_open_s)
-        self._num_opened = min(self._num_opened + 1, 30)
-        self._open_until_s = now_s + open_s * (0.8 + 0.2 * self._jitter())  # several gateways do not try it at once
-        self._is_tried = False
+    def succeeded(self) -> bool:
+        """Closes it; True when it was open."""
+        was_open, self._retry_at, self._cooldown_s = self.is_open, None, self._first_s
+        return was_open
+
+    def failed(self) -> bool:
+        """Opens it; True when it was closed."""
+        was_open = self.is_open
+        if was_open:
+            self._cooldown_s = min(self._cooldown_s * 2, self._max_s)
+        self._retry_at = self._clock() + self._cooldown_s
+        return not was_open

@@ -17,7 +17,7 @@ from collections import deque
 from dataclasses import dataclass
 
 LEAKY_WAIT_MS = 5_000
-HELD_RETRY_MS = 1_000  # where only others' ends make room, nobody knows when
+HELD_RETRY_MS = 1_000  # where others' ends make room nobody knows when
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class FixedWindow(Count):
         return rule.amount - self._used - held
 
     def retry_ms(self, rule: Rule, now_ms: int, held: int, cost: int) -> int:
-        return self.reset_ms(rule, now_ms) or HELD_RETRY_MS
+        return self.reset_ms(rule, now_ms)
 
     def reset_ms(self, rule: Rule, now_ms: int) -> int:
         return self._end_ms - now_ms if self._end_ms else 0

@@ -19,7 +19,7 @@ class Size:
     width: int
 
 
-class Sizes:
+class Guesses:
     """How long completions are, on the average."""
 
     def __init__(self) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from chassis.errors import Code, PlatformError
-from gateway.core.breaker import Breaker, BreakerState
 from gateway.core.capacity import Capacity
+from gateway.core.circuit import Circuit, CircuitState
 from gateway.core.graph import until_first_token
 from gateway.core.retry_budget import RetryBudget
 from gateway.core.services import Abandoned, GenerationEvent
@@ -41,7 +41,7 @@ class Backend(Generic[B]):
 
     name: str
     target: B
-    breaker: Breaker = field(default_factory=Breaker)
+    breaker: Circuit = field(default_factory=Circuit)
     num_running: int = 0
 
 
@@ -119,7 +119,7 @@ class Guard(Generic[B]):
             message = f"{self._service} is not available: it failed too often"
             raise PlatformError(Code.UNAVAILABLE, message, retry_after_s=max(1.0, open_s))
         fresh = [backend for backend in admitting if backend not in tried] or admitting
-        doubtful = [one for one in fresh if one.breaker.state is BreakerState.HALF_OPEN and one.breaker.admits]
+        doubtful = [one for one in fresh if one.breaker.state is CircuitState.HALF_OPEN and one.breaker.admits]
         # A request that could be tried again finds out whether a backend has come back.
         if doubtful and (self._budget.allows or len(doubtful) == len(fresh)):
             return doubtful[0]

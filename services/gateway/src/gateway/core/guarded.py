@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from gateway.core.guard import Guard
 from gateway.core.services import (
     Chat,
+    Completer,
     Embedded,
     Embedder,
     Generation,
@@ -16,6 +17,17 @@ from gateway.core.services import (
     Source,
     Tokenized,
 )
+
+
+class GuardedCompleter:
+    """Implements services.Completer."""
+
+    def __init__(self, guard: Guard[Completer]) -> None:
+        self._guard = guard
+
+    def generate(self, call: Generation, *, timeout_s: float) -> AsyncGenerator[GenerationEvent]:
+        """Streams the completion; what came before its first token comes together with that."""
+        return self._guard.stream(lambda one, left_s: one.generate(call, timeout_s=left_s), timeout_s)
 
 
 class GuardedGenerator:
@@ -59,7 +71,7 @@ class GuardedEmbedder:
         )
 
     async def count_tokens(self, model: str, texts: Sequence[str], *, timeout_s: float) -> Sequence[int]:
-        """Counts the tokens of each text."""
+        """Counts the tokens of each text, special ones included."""
         return await self._guard.call(lambda one, left_s: one.count_tokens(model, texts, timeout_s=left_s), timeout_s)
 
     async def list_models(self, *, timeout_s: float) -> Sequence[ServedModel]:

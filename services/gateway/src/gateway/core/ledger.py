@@ -18,6 +18,7 @@ from gateway.core.money import Bound, Purse, purses_of
 from gateway.core.ports import RequestRecord
 from gateway.core.services import Usage
 from gateway.core.serving import Ask
+from gateway.core.sizing import Size
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +87,8 @@ class FinalUsages(Protocol):
 class Sizes(Protocol):
     """Knows how much a request can use."""
 
-    async def bound(self, ask: Ask) -> Bound:
-        """The most tokens of prompt and completions; raises PlatformError where that cannot be told."""
+    async def exact(self, ask: Ask) -> Size:
+        """See core.sizing."""
         ...
 
 
@@ -102,10 +103,8 @@ class StartRecords:
     async def hold(self, ask: Ask) -> AsyncIterator[None]:
         """Raises RATE_LIMITED with reason insufficient_quota where a budget does not hold the request."""
         purses = purses_of(ask.principal)
-        bound = await self._sizes.bound(ask) if purses else Bound()
+        bound = (await self._sizes.exact(ask)).bound() if purses else Bound()
         await self._openings.open(_opening(ask), bound, purses)
-        if ask.requests:
-            ask.account.asks_generator()
         yield
 
 

@@ -6,60 +6,19 @@ for every route (see ports.RequestLimiter); what is counted here are requests to
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Protocol
 
-from chassis.errors import PlatformError
+from gateway.core.account import Account
 from gateway.core.limit_answers import refusal, say_standings, too_large
 from gateway.core.meters import Limiter, Meter, Scope, Verdict
+from gateway.core.platform_limits import PlatformLimits
 from gateway.core.policy import Counted, Limit
+from gateway.core.services import Usage
 from gateway.core.serving import Ask
 from gateway.core.sizing import Sizes, cut
 
-log = logging.getLogger(__name__)
-
-_REFRESH_S = 1.0
 _WIDE = 256  # so many requests fit into a wide limit, even by their bounds
-
-
-class LimitStore(Protocol):
-    """Keeps the platform's limits."""
-
-    async def limits(self) -> tuple[Limit, ...]:
-        """Reads them."""
-        ...
-
-    async def set_limits(self, limits: Sequence[Limit]) -> None:
-        """Replaces them; durable when it returns."""
-        ...
-
-
-class PlatformLimits:
-    """The limits that hold for all tenants together: of one model, or of the whole platform where none is named."""
-
-    def __init__(self, store: LimitStore) -> None:
-        self._store = store
-        self.limits: tuple[Limit, ...] = ()
-
-    async def refresh(self) -> None:
-        """Reads what another gateway may have written."""
-        self.limits = await self._store.limits()
-
-    async def replace(self, limits: Sequence[Limit]) -> None:
-        """Sets them: here at once, in other gateways within a second."""
-        await self._store.set_limits(limits)
-        self.limits = tuple(limits)
-
-    async def run(self) -> None:
-        """Keeps them fresh until cancelled; what was known holds while the database does not answer."""
-        while True:
-            await asyncio.sleep(_REFRESH_S)
-            try:
-                await self.refresh()
-            except PlatformError as error:
-                log.warning("the platform's limits could not be read", extra={"error": error.message})
 
 
 class Limiting:
@@ -96,8 +55,17 @@ class Limiting:
                 await asyncio.sleep(min(verdict.wait_s, ask.deadline.remaining_s()))
             yield
         finally:
-            usage = ask.account.usage
+            self._settle(ask.account, verdict)
+
+    def _settle(self, account: Account, verdict: Verdict) -> None:
+        def tell(usage: Usage) -> None:
             self._limiter.settle(verdict, usage.prompt_tokens + usage.completion_tokens)
+
+        if not account.is_exact:
+            # Its place is free now; its tokens are held until the generator has told how many there were.
+            self._limiter.settle(verdict.of(Counted.CONCURRENCY), 0)
+            verdict = verdict.of(Counted.TOKENS)
+        account.when_used(tell)
 
     async def _reserve(self, ask: Ask, meters: Sequence[Meter]) -> Verdict:
         capacity = min((one.limit.amount for one in meters if one.limit.counted is Counted.TOKENS), default=None)

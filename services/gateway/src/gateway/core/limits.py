@@ -5,7 +5,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gateway.core.counts import Concurrency, Count, FixedWindow, LeakyBucket, Rule, SlidingLog, TokenBucket
+from gateway.core.counts import (
+    HELD_RETRY_MS,
+    Concurrency,
+    Count,
+    FixedWindow,
+    LeakyBucket,
+    Rule,
+    SlidingLog,
+    TokenBucket,
+)
 from gateway.core.meters import Meter, Scope, Standing, Verdict
 from gateway.core.policy import Algorithm, Counted, Limit
 from gateway.core.ports import LimitState, Principal
@@ -38,6 +47,12 @@ def limit_state(verdict: Verdict) -> LimitState:
 class _Counter:
     count: Count
     held: int = 0
+
+    def retry_ms(self, rule: Rule, now_ms: int, cost: int) -> int:
+        """After how long what has no room now may have it."""
+        if cost <= self.count.room(rule, 0):
+            return HELD_RETRY_MS  # only what is held is in the way
+        return max(1, self.count.retry_ms(rule, now_ms, self.held, cost))
 
 
 class LocalLimiter:
@@ -73,7 +88,7 @@ class LocalLimiter:
         free = [room for meter, room in zip(meters, rooms, strict=True) if meter.limit.counted is Counted.TOKENS]
         tokens = max(least, min([most, *free]))
         retries_ms = [
-            max(1, one.count.retry_ms(rule, now_ms, one.held, meter.cost(tokens))) if meter.cost(tokens) > room else 0
+            one.retry_ms(rule, now_ms, meter.cost(tokens)) if meter.cost(tokens) > room else 0
             for meter, rule, one, room in zip(meters, rules, counters, rooms, strict=True)
         ]
         allowed, wait_ms = not any(retries_ms), 0

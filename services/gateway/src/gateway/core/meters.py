@@ -1,7 +1,7 @@
 """Limits as they meet a request: whose each is, how it stands, and the one judgement over all of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -76,6 +76,10 @@ class Verdict:
     def held(self) -> tuple[Meter, ...]:
         """Of which meters something is to be given back."""
         return tuple(one.meter for one in self.standings if one.meter.is_held) if self.allowed else ()
+
+    def of(self, counted: Counted) -> "Verdict":
+        """The part of it that speaks of such limits."""
+        return replace(self, standings=tuple(one for one in self.standings if one.meter.limit.counted is counted))
 
 
 class Limiter(Protocol):

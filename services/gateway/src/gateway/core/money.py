@@ -3,7 +3,7 @@
 Money is in integer millionths ("micros") of the currency that prices are in; it is never a float.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
@@ -15,6 +15,7 @@ from gateway.core.services import Usage
 
 _PER_TOKENS = 1_000_000
 MS_PER_DAY = 86_400_000
+CONFIGURATION = "configuration"  # who sets the prices that graphs declare
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ class Price:
     def most_micros(self, bound: "Bound") -> int:
         """The most that a request within the bound can cost, however much of its prompt is cached."""
         prompt_micros = max(self.input_micros, self.cached_input_micros)
-        total = bound.prompt_tokens * prompt_micros + bound.completion_tokens * self.output_micros
+        total = bound.prompt_tokens * prompt_micros + bound.other_tokens * max(prompt_micros, self.output_micros)
         return -(-total // _PER_TOKENS)
 
 
@@ -54,8 +55,11 @@ class PriceEntry:
 class PriceList(Protocol):
     """The prices of all models."""
 
-    async def put(self, entry: PriceEntry, now_unix_ms: int) -> None:
-        """Writes a price that begins now or later; raises INVALID_ARGUMENT for an earlier one."""
+    async def put(self, entry: PriceEntry, actor: str, now_unix_ms: int) -> None:
+        """Writes a price that begins now or later; raises FAILED_PRECONDITION for an earlier one.
+
+        actor: a key's id, or CONFIGURATION.
+        """
         ...
 
     async def all(self) -> Sequence[PriceEntry]:
@@ -63,15 +67,20 @@ class PriceList(Protocol):
         ...
 
 
+async def put_declared(prices: PriceList, declared: Mapping[str, Price], now_unix_ms: int) -> None:
+    """Puts the prices that graphs declare in force, where another one is or none."""
+    in_force = {one.model: one.price for one in await prices.all() if one.effective_unix_ms <= now_unix_ms}
+    for model, price in declared.items():
+        if in_force.get(model) != price:
+            await prices.put(PriceEntry(model, now_unix_ms, price), CONFIGURATION, now_unix_ms)
+
+
 @dataclass(frozen=True, slots=True)
 class Bound:
     """The most tokens that a request can use."""
 
     prompt_tokens: int = 0
-    completion_tokens: int = 0  # of all its completions
-
-    def __add__(self, other: "Bound") -> "Bound":
-        return Bound(self.prompt_tokens + other.prompt_tokens, self.completion_tokens + other.completion_tokens)
+    other_tokens: int = 0  # of all its completions, and of what a graph puts into the prompt
 
 
 @dataclass(frozen=True, slots=True)

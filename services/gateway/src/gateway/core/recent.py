@@ -7,11 +7,20 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 V = TypeVar("V")
 
 _NUM_LOCKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Entry(Generic[V]):
+    """What was read, and until when it is good."""
+
+    good_until_s: float
+    value: V
 
 
 class Recent(Generic[V]):
@@ -29,7 +38,7 @@ class Recent(Generic[V]):
         self._ttl_s = ttl_s
         self._max_kept = max_kept
         self._clock = clock
-        self._kept: OrderedDict[str, tuple[float, V]] = OrderedDict()
+        self._kept: OrderedDict[str, Entry[V]] = OrderedDict()
         self._epoch = 0
         # Striped: many requests that miss one name together read it once.
         self._locks = tuple(asyncio.Lock() for _ in range(_NUM_LOCKS))
@@ -39,15 +48,27 @@ class Recent(Generic[V]):
 
     async def get(self, name: str) -> V:
         """Returns what stands under the name; raises what reading it raises."""
-        if (kept := self._fresh(name)) is not None:
-            return kept[1]
+        entry = self.kept(name)
+        return entry.value if entry else await self.read(name, None)
+
+    def kept(self, name: str) -> Entry[V] | None:
+        """Returns what is remembered and still good."""
+        entry = self._kept.get(name)
+        if entry is not None and entry.good_until_s <= self._clock():
+            del self._kept[name]
+            return None
+        return entry
+
+    async def read(self, name: str, seen: Entry[V] | None) -> V:
+        """Reads anew, or takes what somebody else has read since the caller saw `seen`; raises what reading raises."""
         async with self._locks[hash(name) % _NUM_LOCKS]:
-            if (kept := self._fresh(name)) is not None:
-                return kept[1]
-            epoch, read_at = self._epoch, self._clock()
+            entry = self.kept(name)
+            if entry is not None and entry is not seen:
+                return entry.value
+            epoch, read_at_s = self._epoch, self._clock()
             value = await self._read(name)
             if epoch == self._epoch:
-                self._kept[name] = (read_at + self._ttl_s, value)
+                self._kept[name] = Entry(read_at_s + self._ttl_s, value)
                 while len(self._kept) > self._max_kept:
                     self._kept.popitem(last=False)
             return value
@@ -55,12 +76,5 @@ class Recent(Generic[V]):
     def forget(self, is_meant: Callable[[str, V], bool]) -> None:
         """Drops what is meant; what is being read at this moment is not kept either."""
         self._epoch += 1
-        for name in [name for name, (_, value) in self._kept.items() if is_meant(name, value)]:
+        for name in [name for name, entry in self._kept.items() if is_meant(name, entry.value)]:
             del self._kept[name]
-
-    def _fresh(self, name: str) -> tuple[float, V] | None:
-        entry = self._kept.get(name)
-        if entry is not None and entry[0] <= self._clock():
-            del self._kept[name]
-            return None
-        return entry

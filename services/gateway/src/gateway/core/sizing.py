@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from chassis.errors import PlatformError
-from gateway.core.graph import GraphRequest, Sequenced
+from gateway.core.graph import GraphRequest, Sequenced, Upstream
+from gateway.core.money import Bound
 from gateway.core.services import Embedder, Generator, Prompt
 from gateway.core.serving import Ask
 
@@ -36,6 +37,11 @@ class Size:
     context_length: int | None = None
     is_exact: bool = True
 
+    def bound(self) -> Bound:
+        """What a budget has to hold for it."""
+        num_prompt = min(sum(self.prompts), self.most)
+        return Bound(num_prompt, self.most - num_prompt)
+
 
 class Sizes:
     """Sizes requests. graphs: by name."""
@@ -56,9 +62,9 @@ class Sizes:
     async def bound(self, ask: Ask) -> Size:
         """At least what the request may use, by its bytes."""
         if not ask.requests:
-            most = sum(_most_tokens(one) + _SPECIAL_TOKENS for one in ask.inputs)
+            most = sum(most_tokens(one) + _SPECIAL_TOKENS for one in ask.inputs)
             return Size(most, most, is_exact=False)
-        prompts = tuple(_most_tokens(request.prompt) for request in ask.requests)
+        prompts = tuple(most_tokens(request.prompt) for request in ask.requests)
         is_exact = all(isinstance(request.prompt, tuple) for request in ask.requests)
         return await self._graph_size(ask, prompts, is_exact=is_exact)
 
@@ -69,16 +75,22 @@ class Sizes:
             if not ask.requests:
                 most = await self._count_inputs(ask.model, ask.inputs, timeout_s)
                 return Size(most, most)
-            prompts = [await self._count_prompt(ask.model, one.prompt, timeout_s) for one in ask.requests]
+            if ask.prompt_tokens is None:  # counted once for all stages that need to know
+                ask.prompt_tokens = tuple(
+                    [await self._count_prompt(ask.model, one.prompt, timeout_s) for one in ask.requests]
+                )
+            prompts = ask.prompt_tokens
         except PlatformError:
             if not ask.requests:
                 return await self.bound(ask)
-            prompts = [_most_tokens(request.prompt) for request in ask.requests]
-        return await self._graph_size(ask, tuple(prompts), is_exact=True)
+            prompts = tuple(most_tokens(request.prompt) for request in ask.requests)
+        return await self._graph_size(ask, prompts, is_exact=True)
 
     async def _count_prompt(self, model: str, prompt: Prompt, timeout_s: float) -> int:
         if isinstance(prompt, tuple):
             return len(prompt)
+        if self._upstream(model) is not None:
+            return most_tokens(prompt)  # its tokenizer is not here
         return (await self._generator.tokenize(self._model(model), prompt, timeout_s=timeout_s)).num_tokens
 
     async def _count_inputs(self, model: str, inputs: Sequence[str | tuple[int, ...]], timeout_s: float) -> int:
@@ -87,14 +99,16 @@ class Sizes:
         return sum(counts) + sum(len(one) + _SPECIAL_TOKENS for one in inputs if not isinstance(one, str))
 
     async def _graph_size(self, ask: Ask, prompts: tuple[int, ...], *, is_exact: bool) -> Size:
-        context = await self._context_length(self._model(ask.model))
-        graph = self._graphs.get(_base(ask.model))
-        is_plain = graph is not None and graph.is_plain
+        graph, upstream = self._graphs.get(_base(ask.model)), self._upstream(ask.model)
+        context = upstream.context_length if upstream else await self._context_length(self._model(ask.model))
+        is_plain = graph is not None and graph.passes_prompt
         least, most = 0, 0
         for request, prompt in zip(ask.requests, prompts, strict=True):
-            fewest, highest = _tokens(request, prompt, context, is_plain=is_plain, is_exact=is_exact)
+            # An upstream's prompts are counted in bytes: how much context they leave is not known.
+            is_counted = is_exact and upstream is None
+            fewest, highest = _tokens(request, prompt, context, is_plain=is_plain, is_exact=is_counted)
             least, most = least + fewest, most + highest
-        return Size(least if is_exact else most, most, prompts, context, is_exact)
+        return Size(least if is_exact else most, most, prompts, None if upstream else context, is_exact)
 
     async def _context_length(self, model: str) -> int | None:
         until_s, length = self._contexts.get(model, (0.0, None))
@@ -111,6 +125,10 @@ class Sizes:
     def _model(self, name: str) -> str:
         graph = self._graphs.get(_base(name))
         return graph.model if graph else name
+
+    def _upstream(self, name: str) -> Upstream | None:
+        graph = self._graphs.get(_base(name))
+        return graph.upstream if graph else None
 
 
 def cut(requests: Sequence[GraphRequest], size: Size, tokens: int) -> tuple[GraphRequest, ...]:
@@ -155,7 +173,8 @@ def _base(model: str) -> str:
     return model.partition(":")[0]  # a tuned model has its base's tokenizer and context
 
 
-def _most_tokens(prompt: Prompt) -> int:
+def most_tokens(prompt: Prompt) -> int:
+    """No fewer than the prompt has, whoever counts them."""
     match prompt:
         case tuple():
             return len(prompt)

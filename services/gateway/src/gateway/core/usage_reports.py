@@ -17,9 +17,36 @@ class Group(StrEnum):
     MODEL = "model"
     DAY = "day"
 
+    @property
+    def column(self) -> str:
+        """What it is called in the sums."""
+        return "key_id" if self is Group.KEY else self.value
+
 
 TOTALS = (Group.TENANT, Group.KEY, Group.MODEL)
 FIGURES = ("num_requests", "num_errors", "prompt_tokens", "completion_tokens", "cached_tokens", "cost_micros")
+
+ROW = (
+    "id",
+    "started_unix_ms",
+    "request_id",
+    "trace_id",
+    "tenant",
+    "key_id",
+    "model",
+    "route",
+    "prompt_tokens",
+    "completion_tokens",
+    "cached_tokens",
+    "cost_micros",
+    "finish_reason",
+    "http_status",
+    "stream",
+    "duration_s",
+    "ttft_s",
+    "error_code",
+    "is_exact",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +66,7 @@ class UsageReports(Protocol):
     async def sums(
         self, groups: Sequence[Group], selection: Selection, limit: int = MAX_GROUPS
     ) -> list[Mapping[str, Cell]]:
-        """FIGURES for each combination of the groups ("tenant", "key_id", "model", "day"), in their order."""
+        """FIGURES for each combination of the groups (their columns), in their order."""
         ...
 
     async def rows(
