@@ -272,9 +272,11 @@ async def test_money_is_kept_to_the_millionth(gateway, amount, micros):
 async def test_a_bad_key_is_refused_with_the_field_and_nothing_is_written(gateway, body, param):
     key_id, _ = await gateway.key()
     before = await gateway.office.keys()
+    expected = 409 if body == {"expires_at": 1} else 400  # nothing is wrong with the field itself: it comes too late
     for method, path in (("POST", "/admin/keys"), ("PATCH", f"/admin/keys/{key_id}")):
         answer = await gateway.send(method, path, body=body)
-        assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(param), answer.text
+        assert answer.status_code == expected, answer.text
+        assert answer.json()["error"]["param"].startswith(param), answer.text
     assert await gateway.office.keys() == before
 
 
