@@ -28,7 +28,7 @@ B = TypeVar("B")
 _EMBEDDER_REQUESTS = CapacityBounds(start=64, least=4, most=256)
 # Nobody else can answer: somebody must find out soon that it is back. And it may be several replicas behind one name:
 # where one dies with all its streams, what is broken off says nothing of the others.
-_ALONE = CircuitRules(least_outcomes=2**31, longest_open_s=2.0)
+_ALONE = CircuitRules(row_s=0.25, least_outcomes=2**31, longest_open_s=2.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ BAD = PlatformError(Code.INVALID_ARGUMENT, "no")
 LATE = PlatformError(Code.DEADLINE_EXCEEDED, "late")
 LOADING = PlatformError(Code.UNAVAILABLE, "the adapter is sick", reason="adapter_probe_failed")
 ANSWER = [Started(3, "v1"), Delta(0, "a", 1), Delta(0, "b", 1), Finished(0, "stop"), Done(Usage(3, 2))]
-RULES = CircuitRules(consecutive=3, row_s=0.0, least_outcomes=10, window_s=10, first_open_s=1, longest_open_s=8)
+RULES = CircuitRules(consecutive=3, least_outcomes=10, window_s=10, first_open_s=1, longest_open_s=8)
 
 
 class Replica:
@@ -286,7 +286,7 @@ def test_a_breaker_opens_after_failures_in_a_row_and_not_before():
     assert breaker.state is CircuitState.OPEN and not breaker.admits and breaker.open_s == 1
 
 
-def test_what_breaks_off_at_one_moment_opens_no_breaker():
+def test_what_breaks_off_at_one_moment_opens_no_breaker_of_an_only_backend():
     breaker, clock = make_breaker(row_s=0.25, least_outcomes=1000)
     fail(breaker, 20)
     assert breaker.admits

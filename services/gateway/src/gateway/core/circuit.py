@@ -24,8 +24,8 @@ class CircuitState(IntEnum):
 class CircuitRules:
     """When a breaker opens, and for how long."""
 
-    consecutive: int = 5  # failures in a row, over row_s at least: what breaks off at one moment is one failure
-    row_s: float = 0.25
+    consecutive: int = 5  # failures in a row ...
+    row_s: float = 0.0  # ... over so long at least
     ratio: float = 0.5  # or this part of the outcomes of the last window_s ...
     least_outcomes: int = 20  # ... where there were so many
     window_s: float = 10.0
