@@ -50,6 +50,7 @@ class FakeGraph:
     name = "m"
     identity = "m declared so"
     fallbacks = Fallbacks()
+    uses_generator = True
 
     def __init__(self):
         self.num_runs = self.num_stopped = 0
