@@ -308,6 +308,17 @@ MODELS = Dashboard(
                     ],
                     "Prompt tokens whose keys and values were there already.",
                 ),
+                Panel(
+                    "Records of usage",
+                    "reqps",
+                    [
+                        (
+                            "sum by (outcome) (rate(pressroom_usage_records_total[$__rate_interval]))",
+                            "{{outcome}}",
+                        )
+                    ],
+                    "received: the generator could not be asked what a broken stream used. lost: not in the ledger.",
+                ),
             ],
         ),
         (
@@ -646,6 +657,13 @@ WORK = Dashboard(
                         ),
                     ],
                     "Alone each gateway counts for itself. What was not given back in time counts as used in full.",
+                    12,
+                ),
+                Panel(
+                    "Repeats",
+                    "reqps",
+                    [("sum by (outcome) (rate(pressroom_repeats_total[$__rate_interval]))", "{{outcome}}")],
+                    "Answered from the cache (hit) or from another's run (shared); miss: looked up, not found.",
                     12,
                 ),
             ],

@@ -3,11 +3,13 @@
 
 usage: python3 tools/side_env.py checks    .venv-checks: kubectl, kubernetes-validate and checkov      (make checks-env)
        python3 tools/side_env.py vllm      .venv-vllm: vLLM for the CPU, for tests and measurements      (make vllm-env)
+       python3 tools/side_env.py clients   .venv-clients: clients from outside, as they are shipped   (make clients-env)
        python3 tools/side_env.py peers-openvino | peers-llamacpp      peers of the engine      (make bench-engine)
+       python3 tools/side_env.py peers-gateway    peers of the gateway    (make bench-gateway)
 
 Environments of their own, since each pins a hundred packages that the services need others of. checks: one to two
 minutes and 460 MB, of which kubernetes-validate's schemas and numpy are nearly half. vllm: two to five minutes,
-3.3 GB. peers-openvino: half a minute, 300 MB. peers-llamacpp: seconds, 130 MB.
+3.3 GB. peers-openvino: half a minute, 300 MB. peers-llamacpp: seconds, 130 MB. peers-gateway: a minute, 840 MB.
 All end at once when nothing has changed.
 """
 
@@ -62,8 +64,10 @@ ENVS = {
     for env in (
         SideEnv("checks", "tools that check k8s/"),
         SideEnv("vllm", "vLLM for the CPU", True),
+        SideEnv("clients", "clients from outside", True),
         SideEnv("peers-openvino", "OpenVINO GenAI"),
         SideEnv("peers-llamacpp", "llama.cpp"),
+        SideEnv("peers-gateway", "LiteLLM's proxy and Envoy"),
     )
 }
 

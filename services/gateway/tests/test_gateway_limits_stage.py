@@ -15,15 +15,15 @@ from gateway.core.policy import Algorithm, Counted, Limit, Policy
 from gateway.core.ports import Principal
 from gateway.core.services import Usage
 from gateway.core.serving import Ask
-from gateway.core.token_bounds import Size
+from gateway.core.sizing import Size
 
 PLACES, TOKENS = Limit(Counted.CONCURRENCY, 1), Limit(Counted.TOKENS, 100)
 
 
-class FixedBounds:
+class FixedSizes:
     """Every request may use 60 tokens."""
 
-    async def rough(self, ask):
+    async def bound(self, ask):
         return Size(60, 60)
 
     async def exact(self, ask):
@@ -48,7 +48,7 @@ def refused():
 
 @pytest.fixture
 def limiting(refused):
-    return Limiting(LocalLimiter(), FixedBounds(), PlatformLimits(NoStore()), refused.append)
+    return Limiting(LocalLimiter(), FixedSizes(), PlatformLimits(NoStore()), refused.append)
 
 
 async def remaining(limiting, limit):

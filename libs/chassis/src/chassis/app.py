@@ -4,13 +4,13 @@ A service's main.py makes an App and gives `run` a set-up function that composes
 """
 
 import asyncio
-import contextlib
+import gc
 import logging
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-import uvicorn
+import grpc.aio
 import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -19,23 +19,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chassis import logs, metrics, rpc, telemetry
+from chassis.http_server import HttpServer, make_http_server
 from chassis.settings import ServiceSettings
 
 log = logging.getLogger(__name__)
 
 Closer = Callable[[], Awaitable[None]]
 _POLL_S = 0.5
+_GC_THRESHOLD = 10_000  # new objects between collections of the youngest; Python's 700 are a few requests
 # A name of gRPC health that says no more than that the process has started and its event loop turns. The other names
 # follow readiness: whoever restarted a process by them would kill it because a neighbour is away.
 LIVENESS = "liveness"
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn without signal handlers: the App owns the signals."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class App:
@@ -51,6 +45,7 @@ class App:
         self._closers: list[Closer] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._servicers: list[str] = []
+        self._more_grpc: list[grpc.aio.Server] = []
         self._http_app: ASGIApp | None = None
         self._phase = "starting"
         self._failed = False
@@ -63,6 +58,13 @@ class App:
         """Offers a gRPC service; `service_full_name` is the proto's, for health and reflection."""
         add_servicer_to_server(servicer, self._grpc)
         self._servicers.append(service_full_name)
+
+    def add_grpc_port(self, port: int) -> grpc.aio.Server:
+        """Opens a second port for those who may not reach the services of add_grpc; the caller adds services to it."""
+        server = rpc.make_server(self.name, self._settings.max_connection_age_s)
+        server.add_insecure_port(f"{self._settings.host}:{port}")
+        self._more_grpc.append(server)
+        return server
 
     def mount_http(self, asgi_app: ASGIApp) -> None:
         """Serves an ASGI app beside /healthz, /readyz and /metrics."""
@@ -124,7 +126,12 @@ class App:
             loop.add_signal_handler(number, self._stop.set)
         self._grpc = rpc.make_server(self.name, self._settings.max_connection_age_s)
         self._health = health.aio.HealthServicer()
-        http = self._make_http_server()
+        http = make_http_server(
+            self._http,
+            host=self._settings.host,
+            port=self._settings.http_port,
+            grace_s=self._settings.shutdown_grace_s,
+        )
         http_task = self.spawn("http", self._serve_http(http))
         setting_up = loop.create_task(self._set_up(setup))
         stopping = loop.create_task(self._stop.wait())
@@ -143,19 +150,24 @@ class App:
 
     async def _set_up(self, setup: Callable[["App"], Awaitable[None]]) -> None:
         await setup(self)
+        # What is there by now stays: collections, which come with every few requests, need not look at it again.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = (*self._servicers, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         self._grpc.add_insecure_port(f"{self._settings.host}:{self._settings.grpc_port}")
-        await self._grpc.start()
+        for server in (self._grpc, *self._more_grpc):
+            await server.start()
         self._phase = "running"
         self.spawn("health", self._watch_health())
         log.info(
             "service started", extra={"grpc_port": self._settings.grpc_port, "http_port": self._settings.http_port}
         )
 
-    async def _shut_down(self, http: _HttpServer, http_task: asyncio.Task[Any]) -> None:
+    async def _shut_down(self, http: HttpServer, http_task: asyncio.Task[Any]) -> None:
         log.info("service stops")
         self._phase = "stopping"
         grace_s = self._settings.shutdown_grace_s
@@ -163,7 +175,8 @@ class App:
         await self._run_all("drain", self._drainers)
         http.should_exit = True
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._grpc.stop(grace_s))
+            for server in (self._grpc, *self._more_grpc):
+                group.create_task(server.stop(grace_s))
             group.create_task(_settled(http_task, grace_s + 2))
         for task in tuple(self._tasks):
             task.cancel()
@@ -195,21 +208,7 @@ class App:
 
     # HTTP.
 
-    def _make_http_server(self) -> _HttpServer:
-        config = uvicorn.Config(
-            self._http,
-            interface="asgi3",  # uvicorn takes a bound method for an ASGI 2 application
-            host=self._settings.host,
-            port=self._settings.http_port,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=max(1, int(self._settings.shutdown_grace_s)),
-        )
-        return _HttpServer(config)
-
-    async def _serve_http(self, server: _HttpServer) -> None:
+    async def _serve_http(self, server: HttpServer) -> None:
         try:
             await server.serve()
         except SystemExit as error:  # uvicorn's way to say that the port is taken

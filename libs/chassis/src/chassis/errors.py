@@ -20,6 +20,7 @@ class Code(StrEnum):
     OUT_OF_RANGE = "OUT_OF_RANGE"
     PAYLOAD_TOO_LARGE = "PAYLOAD_TOO_LARGE"
     UNSUPPORTED_MEDIA_TYPE = "UNSUPPORTED_MEDIA_TYPE"
+    UNPROCESSABLE = "UNPROCESSABLE"
     RATE_LIMITED = "RATE_LIMITED"
     OVERLOADED = "OVERLOADED"
     UNAVAILABLE = "UNAVAILABLE"
@@ -49,6 +50,7 @@ _TABLE: dict[Code, _Mapping] = {
     Code.OUT_OF_RANGE: _Mapping("OUT_OF_RANGE", 400, "invalid_request_error"),
     Code.PAYLOAD_TOO_LARGE: _Mapping("INVALID_ARGUMENT", 413, "invalid_request_error"),
     Code.UNSUPPORTED_MEDIA_TYPE: _Mapping("INVALID_ARGUMENT", 415, "invalid_request_error"),
+    Code.UNPROCESSABLE: _Mapping("INVALID_ARGUMENT", 422, "invalid_request_error"),
     Code.RATE_LIMITED: _Mapping("RESOURCE_EXHAUSTED", 429, "rate_limit_error", retryable=True),
     Code.OVERLOADED: _Mapping("RESOURCE_EXHAUSTED", 503, "overloaded_error", retryable=True),
     Code.UNAVAILABLE: _Mapping("UNAVAILABLE", 503, "server_error", retryable=True),

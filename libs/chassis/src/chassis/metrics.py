@@ -16,6 +16,11 @@ TPOT_SECONDS = Histogram(
     "pressroom_tpot_seconds", "Time per output token after the first.", ["service", "model"], buckets=_TOKEN_SECONDS
 )
 TOKENS = Counter("pressroom_tokens", "Tokens, by kind: prompt, completion or cached.", ["service", "model", "kind"])
+USAGE_RECORDS = Counter(
+    "pressroom_usage_records",
+    "Requests accounted for, by outcome: exact, received (the generator could not be asked what it used) or lost.",
+    ["service", "outcome"],
+)
 RUNNING_SEQUENCES = Gauge("pressroom_running_sequences", "Sequences in the running batch.", ["service"])
 WAITING_SEQUENCES = Gauge("pressroom_waiting_sequences", "Sequences that wait for admission.", ["service"])
 PREEMPTIONS = Counter("pressroom_preemptions", "Sequences set back to free KV blocks for others.", ["service"])
@@ -55,6 +60,11 @@ ADAPTER_EVICTIONS = Counter("pressroom_adapter_evictions", "Adapters that made r
 ADAPTER_BYTES = Gauge("pressroom_adapter_bytes", "Memory of adapters.", ["service"])
 LOADED_ADAPTERS = Gauge("pressroom_loaded_adapters", "Adapters that are loaded.", ["service"])
 KNOWN_ADAPTERS = Gauge("pressroom_known_adapters", "Adapters that may be asked for, loaded or not.", ["service"])
+REPEATS = Counter(
+    "pressroom_repeats",
+    "Requests to a model by what the cache or another's run did for them: hit, miss or shared.",
+    ["service", "outcome"],
+)
 QUEUE_DEPTH = Gauge("pressroom_queue_depth", "Work that waits in the service.", ["service"])
 BUS_MESSAGES = Counter(
     "pressroom_bus_messages", "Messages handled, by consumer and outcome.", ["service", "consumer", "outcome"]

@@ -4,6 +4,7 @@ The local store is one JSON line for each finished span in `<trace_dir>/<service
 is bounded and survives the process.
 """
 
+import functools
 import json
 import os
 import threading
@@ -79,7 +80,13 @@ def configure(service: str, trace_dir: Path | None, otlp_endpoint: str | None, v
 
 def tracer() -> trace.Tracer:
     """Returns the tracer of the process."""
-    return trace.get_tracer("pressroom")
+    return _tracer_of(trace.get_tracer_provider())
+
+
+@functools.lru_cache(maxsize=1)
+def _tracer_of(provider: trace.TracerProvider) -> trace.Tracer:
+    # Asking a provider makes a new tracer each time, which takes longer than a span.
+    return provider.get_tracer("pressroom")
 
 
 def traceparent(span: trace.Span | None = None) -> str:

@@ -7,18 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+import aiohttp
 import grpc.aio
 
 from gateway.backends.embedder import GrpcEmbedder
 from gateway.backends.gateway_metrics import LaneMeter
 from gateway.backends.generator import GrpcGenerator
+from gateway.backends.openai_upstream import Endpoint, OpenAiUpstream
 from gateway.backends.retriever import GrpcRetriever
 from gateway.core.admission import Admission, Lane, QueueBounds
 from gateway.core.capacity import Capacity, CapacityBounds
 from gateway.core.circuit import Circuit, CircuitRules
 from gateway.core.guard import Backend, Guard
-from gateway.core.guarded import GuardedEmbedder, GuardedGenerator, GuardedRetriever
-from gateway.core.services import Embedder, Generator, Retriever
+from gateway.core.guarded import GuardedCompleter, GuardedEmbedder, GuardedGenerator, GuardedRetriever
+from gateway.core.services import Completer, Embedder, Generator, Retriever
 from gateway.core.serving import Ask
 from gateway.settings import GatewaySettings
 
@@ -39,15 +41,19 @@ class Flow:
     embedder: Embedder
     retriever: Retriever
     admission: Admission
-    lanes: tuple[Lane, ...]
+    upstream: Callable[[Endpoint], Completer]
+    lanes: Mapping[str, Lane]  # those of upstreams come with them
 
     def num_waiting(self) -> int:
         """Requests that wait for their turn."""
-        return sum(lane.num_waiting for lane in self.lanes)
+        return sum(lane.num_waiting for lane in self.lanes.values())
 
 
 def open_flow(
-    settings: GatewaySettings, retriever: grpc.aio.Channel, connect: Callable[[str], grpc.aio.Channel]
+    settings: GatewaySettings,
+    retriever: grpc.aio.Channel,
+    connect: Callable[[str], grpc.aio.Channel],
+    upstreams: aiohttp.ClientSession,
 ) -> Flow:
     """Makes the clients and what guards them. Nothing is connected yet; `connect` sees to the closing of channels."""
     bounds = QueueBounds(settings.max_waiting, settings.max_wait_s)
@@ -67,17 +73,32 @@ def open_flow(
     search: Guard[Retriever] = _guard(
         "retriever", {settings.retriever_addr: GrpcRetriever(retriever)}, LaneMeter("retriever")
     )
+    lanes = {lane.backend: lane for lane in (generating, embedding)}
+
+    def upstream(endpoint: Endpoint) -> Completer:
+        # How long a vendor takes to the first token tells nothing of how much it can do at once: the limit stays.
+        most = CapacityBounds(start=endpoint.max_running, least=endpoint.max_running, most=endpoint.max_running)
+        lane, meter = _lane(_upstream_lane(endpoint.name), most, bounds)
+        lanes[lane.backend] = lane
+        return GuardedCompleter(_guard(lane.backend, {endpoint.base_url: OpenAiUpstream(upstreams, endpoint)}, meter))
+
+    def backend_of(ask: Ask) -> str:
+        if (own := _upstream_lane(ask.model)) in lanes:
+            return own
+        return "embedder" if ask.inputs else "generator"
+
     return Flow(
         GuardedGenerator(generator),
         GuardedEmbedder(embedder),
         GuardedRetriever(search),
-        Admission({lane.backend: lane for lane in (generating, embedding)}, _backend_of),
-        (generating, embedding),
+        Admission(lanes, backend_of),
+        upstream,
+        lanes,
     )
 
 
-def _backend_of(ask: Ask) -> str:
-    return "embedder" if ask.inputs else "generator"
+def _upstream_lane(graph: str) -> str:
+    return f"upstream:{graph}"
 
 
 def _lane(backend: str, running: CapacityBounds, bounds: QueueBounds) -> tuple[Lane, LaneMeter]:

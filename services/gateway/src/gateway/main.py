@@ -13,8 +13,9 @@ from chassis.settings import EXIT_BAD_CONFIGURATION, load_settings
 from contracts.subjects import STREAMS
 from gateway.api.http import Limits, make_app
 from gateway.backends.generator_usage import GeneratorUsage
-from gateway.backends.graph_files import Declaration, Services, assemble, read_graphs
+from gateway.backends.graph_files import Declaration, Services, assemble, check_upstream_keys, read_graphs
 from gateway.backends.oidc import OidcVerifier, PublicKeySet, Trust, public_keys, reads_file, reads_url
+from gateway.backends.openai_upstream import open_session
 from gateway.core.graph import GraphError, Sequenced
 from gateway.flow import Flow, open_flow
 from gateway.settings import GatewaySettings
@@ -29,11 +30,20 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
     bus = NatsBus.connect(settings.nats_url, "gateway", STREAMS)
     app.on_close(bus.close)
     retriever = _open_channel(app, settings.retriever_addr)
-    flow = open_flow(settings, retriever, partial(_open_channel, app))
+    upstreams = open_session()
+    app.on_close(upstreams.close)
+    flow = open_flow(settings, retriever, partial(_open_channel, app), upstreams)
     app.set_queue_depth(flow.num_waiting)
     peers = _open_peers(app, settings, flow, retriever)
     span = telemetry.tracer().start_as_current_span
-    services = Services(flow.generator, flow.embedder, flow.retriever, span)
+    services = Services(
+        generator=flow.generator,
+        embedder=flow.embedder,
+        retriever=flow.retriever,
+        span=span,
+        upstream=flow.upstream,
+        upstream_keys=settings.upstream_keys,
+    )
     state = await _open_state(app, settings, bus, assemble(declarations, services), peers)
     app.mount_http(
         make_app(
@@ -48,7 +58,9 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
                 settings.max_body_bytes,
                 settings.max_upload_bytes + _MULTIPART_OVERHEAD_BYTES,
             ),
+            idempotency=state.idempotency,
             routers=state.routers,
+            in_process=state.in_process,
         )
     )
 
@@ -90,7 +102,10 @@ async def _open_state(
         bootstrap_admin_key=admin_key.get_secret_value() if admin_key else None,
         max_upload_bytes=settings.max_upload_bytes,
         max_tenant_upload_bytes=settings.max_tenant_upload_bytes,
+        max_body_bytes=settings.max_body_bytes,
+        max_batch_lines_in_flight=settings.max_batch_lines_in_flight,
         request_timeout_s=settings.request_timeout_s,
+        cache_ttl_s=settings.cache_ttl_s,
         local_limit_share=settings.local_limit_share,
         bus=bus,
         graphs=graphs,
@@ -98,8 +113,12 @@ async def _open_state(
         oidc=_oidc(settings),
     )
     app.on_close(state.close)
-    for add_to_server, servicer, name in state.servicers:
+    for add_to_server, servicer, name in (*state.servicers, *state.public_servicers):
         app.add_grpc(add_to_server, servicer, name)
+    if settings.public_grpc_port is not None:
+        server = app.add_grpc_port(settings.public_grpc_port)
+        for add_to_server, servicer, _ in state.public_servicers:
+            add_to_server(servicer, server)
     for name, run in state.tasks:
         app.spawn(name, run())
     return state
@@ -128,6 +147,7 @@ def main() -> int:
     settings = load_settings(GatewaySettings)
     try:
         declarations = read_graphs(settings.graphs_dir)
+        check_upstream_keys(declarations, settings.upstream_keys)
     except GraphError as error:
         print(f"bad configuration: graph {error}. Mend it in GATEWAY_GRAPHS_DIR", file=sys.stderr)
         return EXIT_BAD_CONFIGURATION

@@ -1,8 +1,11 @@
 """What the gateway is told by its environment, with the prefix GATEWAY_."""
 
+import json
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import NoDecode
 
 from chassis.settings import ServiceSettings, settings_config
 
@@ -40,7 +43,13 @@ class GatewaySettings(ServiceSettings):
         None, description="Full key, sk-<id>-<secret>, made at the start: tenant default, no request limit."
     )
     bootstrap_admin_key: SecretStr | None = Field(None, description="Full key of an admin, made at the start.")
+    cache_ttl_s: float = Field(
+        3600.0, ge=1, le=7 * 86_400, description="Seconds for which an answer stays in the exact cache."
+    )
     graphs_dir: Path = Field(_GRAPHS_DIR, description="Folder with the declarations of the graphs (*.yaml).")
+    upstream_keys: Annotated[dict[str, SecretStr], NoDecode] = Field(
+        default_factory=dict, description='JSON object with the keys of upstreams: {"<name in the graphs>": "<key>"}.'
+    )
     request_timeout_s: float = Field(300.0, gt=0, le=3600, description="Most seconds that one request may take.")
     max_running: int = Field(
         32,
@@ -64,6 +73,15 @@ class GatewaySettings(ServiceSettings):
     max_upload_bytes: int = Field(64 * 1024**2, ge=1024, description="Largest uploaded file, in bytes.")
     max_tenant_upload_bytes: int = Field(
         4 * 1024**3, ge=1024, description="Most bytes that one tenant may keep in /v1/files."
+    )
+    max_batch_lines_in_flight: int = Field(
+        4, ge=1, le=256, description="Most lines of batches that are being answered at a time, all batches together."
+    )
+    public_grpc_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port of the gRPC services for clients outside, which check keys; grpc_port is for our services.",
     )
     oidc_audience: str | None = Field(None, min_length=1, description="The aud that tokens (JWT) must have.")
     oidc_jwks_file: Path | None = Field(None, description="File with the issuer's public keys (JWKS).")
@@ -94,3 +112,13 @@ class GatewaySettings(ServiceSettings):
         if issuer is not None and (not audience or (file is None) == (url is None)):
             raise ValueError("needs GATEWAY_OIDC_AUDIENCE, and GATEWAY_OIDC_JWKS_FILE or GATEWAY_OIDC_JWKS_URL")
         return issuer
+
+    @field_validator("upstream_keys", mode="before")
+    @classmethod
+    def _parsed(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError("is no JSON object") from None  # the parser's own error would hold the text

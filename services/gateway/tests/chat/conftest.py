@@ -24,7 +24,7 @@ from gateway.core.limits import LocalLimiter
 from gateway.core.platform_limits import PlatformLimits
 from gateway.core.policy import Limit
 from gateway.core.ports import LimitState, Principal, RequestRecord
-from gateway.core.prompts import PromptCounter
+from gateway.core.repeats import Entry, Repeats
 from gateway.core.services import (
     Chat,
     Delta,
@@ -43,7 +43,7 @@ from gateway.core.services import (
     Usage,
 )
 from gateway.core.serving import NoStage, Serving, Stage
-from gateway.core.token_bounds import TokenBounds
+from gateway.core.sizing import Sizes
 from testkit import free_port
 
 GRAPHS_DIR = Path(__file__).parents[2] / "src" / "gateway" / "graphs"
@@ -71,7 +71,9 @@ class FakeGenerator:
     error: Exception | None = None
     adapters: set[str] = field(default_factory=set)
     context_length: int = CONTEXT_LENGTH
+    version: str = "v1"
     script: str | None = None  # says this, three characters a token, and knows grammars
+    stop_match: str = ""  # what ended the script
     timeouts_s: list[float] = field(default_factory=list)
     next_errors: list[Exception] = field(default_factory=list)  # what the next calls fail with, at once
 
@@ -104,7 +106,7 @@ class FakeGenerator:
             )
         complete = False
         try:
-            yield Started(len(prompt), "v1", self._prompt_logprobs(call, prompt))
+            yield Started(len(prompt), self.version, self._prompt_logprobs(call, prompt))
             for number in range(limit):
                 if self.fail_after == number and self.error is not None:
                     raise self.error
@@ -130,7 +132,7 @@ class FakeGenerator:
             for piece in pieces[:most]:
                 yield Delta(index, piece, 1, self._logprobs(call, piece))
         for index in range(call.n):
-            yield Finished(index, "length" if most < len(pieces) else "stop")
+            yield Finished(index, "length") if most < len(pieces) else Finished(index, "stop", self.stop_match)
         yield Done(Usage(len(words_of(call.prompt)), min(most, len(pieces)) * call.n, 0))
 
     @staticmethod
@@ -153,8 +155,8 @@ class FakeGenerator:
         if self.error is not None:
             raise self.error
         base = "smollm2-135m-instruct"
-        tuned = [ServedModel(adapter, 1_750_000_000, base) for adapter in sorted(self.adapters)]
-        return [ServedModel(base, 1_700_000_000, base), *tuned]
+        tuned = [ServedModel(adapter, 1_750_000_000, base, self.version) for adapter in sorted(self.adapters)]
+        return [ServedModel(base, 1_700_000_000, base, self.version), *tuned]
 
 
 @dataclass
@@ -280,6 +282,19 @@ class FakeLedger:
         self.records.append(record)
 
 
+class FakeCache:
+    """Keeps answers in a dictionary."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+
+    async def get(self, key: str) -> Entry | None:
+        return self.entries.get(key)
+
+    async def put(self, key: str, entry: Entry) -> None:
+        self.entries[key] = entry
+
+
 @dataclass
 class World:
     """The application and everything that it was given."""
@@ -313,6 +328,11 @@ def limited_key() -> str:
 
 
 @pytest.fixture
+def cache() -> FakeCache:
+    return FakeCache()
+
+
+@pytest.fixture
 def keys() -> FakeKeys:
     return FakeKeys()
 
@@ -330,19 +350,17 @@ def admission() -> Stage:
 
 
 @pytest.fixture
-def world(keys: FakeKeys, graphs_dir: Path, admission: Stage) -> World:
+def world(cache: FakeCache, keys: FakeKeys, graphs_dir: Path, admission: Stage) -> World:
     generator, embedder, retriever, ledger = FakeGenerator(), FakeEmbedder(), FakeRetriever(), FakeLedger()
     tuned = FakeTunedModels()
     services = Services(generator, embedder, retriever, tracer().start_as_current_span)
     graphs = assemble(read_graphs(graphs_dir), services)
     catalog = Catalog(graphs, generator, embedder, tuned)
     limiter, platform_limits = LocalLimiter(), PlatformLimits(FakeLimitStore())
-    limiting = Limiting(
-        limiter, TokenBounds(PromptCounter(catalog, generator), embedder), platform_limits, lambda meter: None
-    )
+    limiting = Limiting(limiter, Sizes(graphs, generator, embedder), platform_limits, lambda meter: None)
     app = make_app(
         catalog=catalog,
-        serving=Serving(catalog, stages=(limiting,), admission=admission),
+        serving=Serving(catalog, stages=(limiting,), admission=admission, repeats=Repeats(catalog, cache)),
         embedder=embedder,
         keys=keys,
         limiter=FakeLimiter(),

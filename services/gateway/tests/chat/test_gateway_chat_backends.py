@@ -127,6 +127,12 @@ class EmbedderServer(embedder_pb2_grpc.EmbedderServiceServicer):
             usage=common_pb2.Usage(prompt_tokens=embedded.num_tokens),
         )
 
+    async def Tokenize(self, request, _):
+        counts = await self.fake.count_tokens(request.model, request.texts, timeout_s=5)
+        return embedder_pb2.TokenizeResponse(
+            texts=[embedder_pb2.TokenizedText(token_ids=range(count - 2)) for count in counts], num_special_tokens=2
+        )
+
     async def ListModels(self, request, context):
         return embedder_pb2.ListModelsResponse(
             models=[
@@ -270,6 +276,10 @@ class TestEmbedderContract:
         embedded = await embedder.embed("all-minilm-l6-v2", [(1, 2)], truncate=False, dimensions=1, timeout_s=5)
         assert [list(vector) for vector in embedded.vectors] == [[0.25]]
 
+    async def test_tokens_are_counted_with_the_special_ones(self, embedder):
+        counts = await embedder.count_tokens("all-minilm-l6-v2", ["a b c", "c d"], timeout_s=5)
+        assert list(counts) == [3, 2]
+
     async def test_too_long_is_refused_or_cut(self, embedder):
         long = ["x " * 20]
         with pytest.raises(PlatformError) as caught:
@@ -295,7 +305,7 @@ class TestRetrieverContract:
 
 async def test_every_field_of_a_generation_is_sent(wired):
     sampling = Sampling(0.5, 0.75, 3, 0.125, 0.25, -0.5, 1.5, {7: 2.0}, 9)
-    stopping = Stopping(2, 1, ("x",), True)
+    stopping = Stopping(2, 1, ("x",), True, (5,))
     asked = call(sampling=sampling, stopping=stopping, n=2, logprobs=1, prompt_logprobs=0, priority=-2)
     await collect(wired[0], asked)
     (sent,) = wired[3].requests
@@ -304,7 +314,7 @@ async def test_every_field_of_a_generation_is_sent(wired):
     assert (sent.sampling.presence_penalty, sent.sampling.repetition_penalty) == (-0.5, 1.5)
     assert dict(sent.sampling.logit_bias) == {7: 2.0} and sent.sampling.seed == 9
     assert (sent.stop.max_tokens, sent.stop.min_tokens, list(sent.stop.stop)) == (2, 1, ["x"])
-    assert sent.stop.ignore_eos and sent.n == 2 and sent.logprobs == 1
+    assert sent.stop.ignore_eos and list(sent.stop.stop_token_ids) == [5] and sent.n == 2 and sent.logprobs == 1
     assert sent.HasField("prompt_logprobs") and sent.cache_salt == sent.tenant == "acme"
     assert (sent.priority, sent.adapter) == (-2, "")
 

@@ -20,6 +20,8 @@ from chassis.telemetry import tracer
 from contracts import subjects
 from gateway.api.consumers import JobConsumer
 from gateway.api.http import Limits, make_app
+from gateway.api.http_admin_keys import keys_router
+from gateway.api.http_documents import documents_router
 from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
 from gateway.api.openai_files import files_router
@@ -30,7 +32,9 @@ from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
 from gateway.backends.graph_files import Services, assemble, read_graphs
 from gateway.backends.sqlite import Database
+from gateway.backends.sqlite_documents import SqliteDocuments
 from gateway.backends.sqlite_finetuning import SqliteEvaluations, SqliteFinetunes
+from gateway.backends.sqlite_idempotency import SqliteIdempotency
 from gateway.backends.sqlite_jobs import SqliteJobs
 from gateway.backends.sqlite_keys import SqliteKeys
 from gateway.backends.sqlite_ledger import SqliteLedger
@@ -39,8 +43,10 @@ from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.backends.sqlite_uploads import SqliteUploads
 from gateway.core.administration import Administration, NewKey
 from gateway.core.catalog import Catalog
+from gateway.core.documents import Indexed, Library
 from gateway.core.evaluations import Evaluations, Task
 from gateway.core.finetuning import Finetuning, Run
+from gateway.core.idempotency import IdempotencyKeys
 from gateway.core.keys import KeyRing
 from gateway.core.limits import LocalLimiter
 from gateway.core.services import (
@@ -120,6 +126,16 @@ class FakeRetriever:
 
     async def search(self, query: object, *, timeout_s: float) -> Sequence[Source]:
         return self.sources
+
+
+class FakeIndex:
+    """Nothing is indexed."""
+
+    async def get(self, tenant: str, document_id: str) -> Indexed | None:
+        return None
+
+    async def delete(self, tenant: str, document_id: str) -> int | None:
+        return None
 
 
 @dataclass
@@ -248,6 +264,8 @@ async def make_world(database: Database, directory: Path) -> World:
     bus, outbox, jobs = FakeBus(), SqliteOutbox(database), SqliteJobs(database)
     kept = SqliteUploads(database, max_tenant_bytes=MAX_TENANT_BYTES)
     files, finetunes, control = DirectoryFiles(directory), SqliteFinetunes(database, outbox), BusControl(bus)
+    idempotency = SqliteIdempotency(database)
+    await idempotency.open()
     generator, embedder, retriever = FakeGenerator(), FakeEmbedder(), FakeRetriever()
     trainer, evaluator = FakeTrainer(), FakeEvaluator()
     graphs = assemble(read_graphs(GRAPHS_DIR), Services(generator, embedder, retriever, tracer().start_as_current_span))
@@ -257,6 +275,7 @@ async def make_world(database: Database, directory: Path) -> World:
     ring = KeyRing(SqliteKeys(database), b"pepper")
     administration = Administration(SqliteKeys(database), b"pepper", ring, control)
     keys = {tenant: (await administration.create_key("test", NewKey(tenant)))[1] for tenant in ("acme", "other")}
+    keys["admin"] = (await administration.create_key("test", NewKey("admin", is_admin=True)))[1]
     evaluations = Evaluations(SqliteEvaluations(database, outbox), kept, evaluator, events.evaluate_job)
     app = make_app(
         catalog=catalog,
@@ -266,11 +285,17 @@ async def make_world(database: Database, directory: Path) -> World:
         limiter=LocalLimiter(),
         recorder=recorder,
         limits=Limits(30.0, 64 * 1024, 10**9),
+        idempotency=IdempotencyKeys(idempotency, b"pepper"),
         routers=(
             files_router(Uploads(files, kept), files, max_upload_bytes=MAX_UPLOAD_BYTES),
             finetuning_router(Finetuning(finetunes, kept, trainer, events.train_job), catalog, jobs, control),
             evaluations_router(evaluations, catalog),
             jobs_router(jobs, control),
+            documents_router(
+                Library(files, SqliteDocuments(database, outbox), jobs, FakeIndex(), control, events.ingest_job),
+                max_upload_bytes=MAX_UPLOAD_BYTES,
+            ),
+            keys_router(administration),
         ),
     )
     return World(

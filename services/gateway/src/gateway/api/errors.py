@@ -1,21 +1,26 @@
-"""OpenAI's error envelope: the one place where an exception becomes an HTTP answer.
+"""The error envelopes: the one place where an exception becomes an HTTP answer.
+
+OpenAI's envelope is the platform's; a client of Anthropic's API gets that API's own.
 
 Routes raise PlatformError and never build an error by hand.
 """
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from chassis.errors import Code, PlatformError, http_status, openai_type
+from gateway.api import anthropic_errors
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +71,16 @@ def error_headers(error: PlatformError) -> dict[str, str]:
     return headers
 
 
-def error_response(error: PlatformError) -> Response:
-    """The whole answer for an error."""
+def error_response(error: PlatformError, scope: Scope) -> Response:
+    """The whole answer for an error of the request with that scope."""
+    if anthropic_errors.is_spoken(scope):
+        content = anthropic_errors.envelope(error, scope["state"]["request_id"])
+    elif scope["path"].startswith("/v2/"):  # clients of the Open Inference Protocol read a text there
+        content = {"error": error.message}
+    else:
+        content = envelope(error)
     return Response(
-        orjson.dumps(envelope(error)),
+        orjson.dumps(content),
         status_code=http_status(error.code),
         headers=error_headers(error),
         media_type="application/json",
@@ -95,37 +106,41 @@ def from_http_exception(error: HTTPException, method: str, path: str) -> Platfor
     return internal_error()
 
 
-def install(app: FastAPI) -> None:
-    """Makes every error of the routes leave in the envelope."""
+def install(app: FastAPI, routes: Sequence[APIRoute] = ()) -> None:
+    """Makes every error of the routes leave in the envelope; 405 tells the methods that `routes` have for a path."""
 
     async def platform_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, PlatformError)
         request.scope["state"]["error"] = exc  # for the account of the request
-        return error_response(exc)
+        return error_response(exc, request.scope)
 
-    async def bad_parameter(_: Request, exc: Exception) -> Response:
+    async def bad_parameter(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, RequestValidationError)
         first = exc.errors()[0]
         param = str(first["loc"][-1])
-        return error_response(
-            PlatformError(Code.INVALID_ARGUMENT, f"{param}: {first['msg']}", param=param, reason="invalid_value")
-        )
+        error = PlatformError(Code.INVALID_ARGUMENT, f"{param}: {first['msg']}", param=param, reason="invalid_value")
+        return error_response(error, request.scope)
 
     async def http_exception(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
-        response = error_response(from_http_exception(exc, request.method, request.url.path))
-        for name, value in (exc.headers or {}).items():
-            response.headers[name] = value
+        response = error_response(from_http_exception(exc, request.method, request.url.path), request.scope)
+        if allowed := exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED and _allowed(routes, request.url.path):
+            response.headers["allow"] = ", ".join(sorted(allowed))
         return response
 
-    async def unexpected(_: Request, __: Exception) -> Response:
+    async def unexpected(request: Request, _: Exception) -> Response:
         # Starlette raises the exception again after this answer, and the outermost middleware logs it.
-        return error_response(internal_error())
+        return error_response(internal_error(), request.scope)
 
     app.add_exception_handler(PlatformError, platform_error)
     app.add_exception_handler(HTTPException, http_exception)
     app.add_exception_handler(RequestValidationError, bad_parameter)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _allowed(routes: Sequence[APIRoute], path: str) -> set[str]:
+    """Every method of a path: the router itself tells those of the first route that it finds."""
+    return {method for route in routes if route.path_regex.match(path) for method in route.methods or ()}
 
 
 def log_unexpected(error: Exception) -> None:

@@ -88,7 +88,7 @@ class GraphServicer(gateway_pb2_grpc.GraphServiceServicer):
                 async for event in events:
                     answer.take(event)
             outcome.status = 200
-        usage = account.usage
+        usage = account.told_usage
         return gateway_pb2.AnswerResponse(
             text="".join(answer.text),
             finish_reason=answer.finish_reason,

@@ -18,11 +18,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chassis import context, metrics, telemetry
 from chassis.errors import PlatformError
 from contracts.names import HEADER_REQUEST_ID, HEADER_TRACE_ID
-from gateway.api import errors
+from gateway.api import anthropic_errors, errors
 
 log = logging.getLogger(__name__)
 
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 CLIENT_LEFT = 499  # nginx's status for a client that closed the connection before the answer
 
 
@@ -40,9 +40,10 @@ class RequestFrame:
         state: dict[str, Any] = scope.setdefault("state", {})
         headers = Headers(scope=scope)
         offered = headers.get(HEADER_REQUEST_ID, "")
-        request_id = offered if _SANE_REQUEST_ID.fullmatch(offered) else context.new_request_id()
+        request_id = offered if SANE_REQUEST_ID.fullmatch(offered) else context.new_request_id()
         deadline_s = time.monotonic() + self._timeout_s
-        state |= {"request_id": request_id, "deadline_s": deadline_s, "answer_headers": {}}
+        answer_headers = {anthropic_errors.REQUEST_ID: request_id} if anthropic_errors.is_spoken(scope) else {}
+        state |= {"request_id": request_id, "deadline_s": deadline_s, "answer_headers": answer_headers}
         parent = telemetry.parent_from({"traceparent": headers.get("traceparent", "")})
         with (
             context.use(context.RequestContext(request_id, "", deadline_s)),
@@ -82,7 +83,7 @@ class _Exchange:
 
     async def _refuse(self, error: PlatformError) -> None:
         if not self._status:
-            await errors.error_response(error)(self._scope, self._receive, self._send)
+            await errors.error_response(error, self._scope)(self._scope, self._receive, self._send)
 
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""What a request may ask for itself in headers: less time than it would have, and a lower class than its key's."""
+"""What a request may ask for itself in headers: less time, a lower class than its key's, something of the cache."""
 
 import re
 import time
@@ -9,6 +9,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from chassis import context
 from chassis.errors import Code, PlatformError
+from gateway.api.cache_headers import wish_of
+from gateway.core.account import Account
 from gateway.core.ports import Principal
 
 HEADER_TIMEOUT = "x-request-timeout-s"
@@ -19,7 +21,7 @@ _MOST_PRIORITY = 100
 
 
 class Wishes:
-    """Shortens the deadline and lowers the class, as the headers say."""
+    """Shortens the deadline, lowers the class and leaves word of the cache, as the headers say."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -33,6 +35,9 @@ class Wishes:
             context.enter(replace(context.current(), deadline_s=state["deadline_s"]))
         if priority is not None:
             state["principal"] = _lowered(state["principal"], priority)
+        account = state.get("account")
+        if isinstance(account, Account):
+            account.cache_wish = wish_of(headers, state["principal"])
         await self._app(scope, receive, send)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from chassis.errors import Code, PlatformError
 from gateway.api.json_body import Body
-from gateway.core.services import Delta, ToolCalls
+from gateway.core.services import Delta, ToolCallDelta, ToolCalls
 from gateway.core.tool_calls import Arguments, CallBegun, Piece, ToolCallReader
 
 MAX_TOOLS = 128
@@ -137,6 +137,12 @@ class ToolCallRendering:
             shown = [({"content": ""}, True)]  # of text that is held back
         return shown
 
+    def take_call(self, piece: ToolCallDelta) -> dict[str, object]:
+        """The delta for a piece of a call that needs not be read out of the text."""
+        if piece.number == len(self._calls):
+            return self._begin(piece.number, piece.call_id, piece.name, piece.arguments)
+        return self._grow(piece.number, piece.arguments)
+
     def finish(self) -> Iterable[tuple[dict[str, object], bool]]:
         """The deltas for the end of the answer."""
         return [self._render(piece) for piece in self._reader.finish()]
@@ -151,14 +157,18 @@ class ToolCallRendering:
     def _render(self, piece: Piece) -> tuple[dict[str, object], bool]:
         match piece:
             case CallBegun():
-                head = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
-                self._calls.append({**head, "function": {"name": piece.name, "arguments": ""}})
-                function = {"name": piece.name, "arguments": ""}
-                delta: dict[str, object] = {"index": piece.number, **head, "function": function}
+                return self._begin(piece.number, f"call_{uuid.uuid4().hex[:24]}", piece.name, ""), False
             case Arguments():
-                self._calls[piece.number]["function"]["arguments"] += piece.text
-                delta = {"index": piece.number, "function": {"arguments": piece.text}}
+                return self._grow(piece.number, piece.text), False
             case str():
                 self._text.append(piece)
                 return {"content": piece}, True
-        return {"tool_calls": [delta]}, False
+
+    def _begin(self, number: int, call_id: str, name: str, arguments: str) -> dict[str, object]:
+        head = {"id": call_id, "type": "function"}
+        self._calls.append({**head, "function": {"name": name, "arguments": arguments}})
+        return {"tool_calls": [{"index": number, **head, "function": {"name": name, "arguments": arguments}}]}
+
+    def _grow(self, number: int, arguments: str) -> dict[str, object]:
+        self._calls[number]["function"]["arguments"] += arguments
+        return {"tool_calls": [{"index": number, "function": {"arguments": arguments}}]}

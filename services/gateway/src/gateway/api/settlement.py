@@ -17,6 +17,7 @@ from gateway.api.middleware import CLIENT_LEFT
 from gateway.core.account import Account
 from gateway.core.ledger import FinalUsages, settled
 from gateway.core.ports import Ledger, RequestRecord
+from gateway.core.repeats import HEADER
 from gateway.core.services import Usage
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class Recorder:
         self._ledger = ledger
         self._finals = finals
         self._patience_s = patience_s
+        for outcome in ("exact", "received", "lost"):  # so that a rate sees the first one
+            metrics.USAGE_RECORDS.labels("gateway", outcome)
         self._writing: set[asyncio.Task[None]] = set()
         self._asking: set[asyncio.Task[None]] = set()
 
@@ -93,8 +96,12 @@ class Recorder:
             account.error_code = "internal_error"
         if counts_latency:
             measure_latency(account)
+        if HEADER in account.answer_headers:
+            metrics.REPEATS.labels("gateway", account.answer_headers[HEADER]).inc()
         record = account.record(outcome.status or CLIENT_LEFT)
-        if record.is_exact or self._finals is None or len(self._asking) >= _MAX_ASKING:
+        # What is an estimate is an upstream's: the generator knows nothing of it.
+        is_final = record.is_exact or account.usage.is_estimate or len(self._asking) >= _MAX_ASKING
+        if is_final or self._finals is None:
             _tell(account, record)
             await self.write(record)  # as it is; where it is not exact it says so
         else:
@@ -112,7 +119,9 @@ class Recorder:
         _measure_tokens(record)
         try:
             await self._ledger.record(record)
+            metrics.USAGE_RECORDS.labels("gateway", "exact" if record.is_exact else "received").inc()
         except Exception:
+            metrics.USAGE_RECORDS.labels("gateway", "lost").inc()
             # The answer has been sent, so nobody can be told: the line holds what the ledger lacks. Where there is a
             # start record, the next start of the gateway settles it.
             log.exception(

@@ -76,7 +76,7 @@ class GrpcGenerator:
         """The models and adapters of the replica."""
         async with rpc.call("generator.ListModels", timeout_s=timeout_s) as out:
             response = await self._stub.ListModels(pb.ListModelsRequest(), timeout=out.timeout_s, metadata=out.metadata)
-        return [ServedModel(model.id, model.created_unix_s, model.base) for model in response.models]
+        return [ServedModel(model.id, model.created_unix_s, model.base, model.version) for model in response.models]
 
 
 def _request(call: Generation) -> pb.GenerateRequest:
@@ -141,6 +141,7 @@ def _stopping(stopping: Stopping) -> pb.StopParams:
         max_tokens=stopping.max_tokens,
         min_tokens=stopping.min_tokens,
         stop=stopping.stop,
+        stop_token_ids=stopping.stop_token_ids,
         ignore_eos=stopping.ignore_eos,
     )
 
@@ -176,7 +177,7 @@ def _event(response: pb.GenerateResponse) -> GenerationEvent | None:
             return Started(started.prompt_tokens, started.model_version, _logprobs(started.prompt_logprobs))
         case "finished":
             finished = response.finished
-            return Finished(finished.index, _REASONS.get(finished.reason, "stop"))
+            return Finished(finished.index, _REASONS.get(finished.reason, "stop"), finished.stop_match)
         case "done":
             usage = response.done.usage
             return Done(Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens))

@@ -3,18 +3,41 @@
 Every mistake is a GraphError that names the file and the field, so that the process exits before a port opens.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SecretStr,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from gateway.core.graph import Answer, Fallbacks, GraphError, Node, Sequenced, SpanFactory, Step, check_sequence
+from gateway.backends.openai_request import Dialect, MaxTokensField
+from gateway.backends.openai_upstream import Endpoint
+from gateway.core.graph import (
+    Answer,
+    Fallbacks,
+    GraphError,
+    Node,
+    Sequenced,
+    SpanFactory,
+    Step,
+    Upstream,
+    check_sequence,
+)
 from gateway.core.graph_nodes import Encode, Generate, GenerateGrounded, Grounded, Retrieve
-from gateway.core.services import Embedder, Generator, Retriever
+from gateway.core.money import Price
+from gateway.core.services import Completer, Embedder, Generator, Retriever
 
 _BLOCKS_TO_COME = ("ensemble", "router", "shadow")
 _NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -28,6 +51,8 @@ class Services:
     embedder: Embedder
     retriever: Retriever
     span: SpanFactory
+    upstream: Callable[[Endpoint], Completer] | None = None  # None: no graph may ask one
+    upstream_keys: Mapping[str, SecretStr] = field(default_factory=dict)  # by the names that declarations use
 
 
 class _Declared(BaseModel):
@@ -118,7 +143,57 @@ class _GenerateNode(_Declared):
         return Generate if isinstance(self.params, _GenerateParams) else GenerateGrounded
 
 
-_Node = Annotated[_EncodeNode | _RetrieveNode | _GenerateNode, Field(discriminator="service")]
+class _Price(_Declared):
+    """What a million tokens cost, in the currency."""
+
+    input: float = Field(ge=0, le=1e6)
+    cached_input: float | None = Field(None, ge=0, le=1e6)
+    output: float = Field(ge=0, le=1e6)
+
+    def as_data(self) -> Price:
+        cached = self.input if self.cached_input is None else self.cached_input
+        return Price(round(self.input * 1e6), round(cached * 1e6), round(self.output * 1e6))
+
+
+class _UpstreamParams(_Declared):
+    base_url: str = Field(pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$")
+    model: str = Field(min_length=1)
+    key: str | None = Field(None, pattern=_NAME)
+    timeout_s: float = Field(300.0, gt=0, le=3600)
+    first_byte_timeout_s: float = Field(60.0, gt=0, le=3600)
+    max_running: int = Field(1024, ge=1, le=4096)
+    context_length: int = Field(131_072, ge=1, le=2**31)
+    price: _Price | None = None
+    max_tokens_field: MaxTokensField = "max_tokens"
+    extensions: bool = False
+
+
+class _UpstreamNode(_Declared):
+    id: str = Field(pattern=_NAME)
+    service: Literal["openai"]
+    call: Literal["complete"]
+    params: _UpstreamParams
+
+    def kind(self) -> type[Node]:
+        return Generate
+
+    def endpoint(self, graph: str, keys: Mapping[str, SecretStr]) -> Endpoint:
+        """The server that answers this graph; raises GraphError where its key is not there."""
+        params = self.params
+        if params.key is not None and params.key not in keys:
+            raise GraphError(f"params.key: there is no key {params.key!r} in GATEWAY_UPSTREAM_KEYS")
+        return Endpoint(
+            name=graph,
+            base_url=params.base_url.rstrip("/"),
+            key=keys[params.key] if params.key is not None else None,
+            timeout_s=params.timeout_s,
+            first_byte_timeout_s=params.first_byte_timeout_s,
+            max_running=params.max_running,
+            dialect=Dialect(params.extensions, params.max_tokens_field),
+        )
+
+
+_Node = Annotated[_EncodeNode | _RetrieveNode | _GenerateNode | _UpstreamNode, Field(discriminator="service")]
 
 
 class Declaration(_Declared):
@@ -195,7 +270,7 @@ def _refuse_blocks_to_come(file: Path, content: Mapping[str, Any]) -> None:
                 )
 
 
-_UNION_TAGS = ("embedder", "retriever", "generator", "plain", "grounded")
+_UNION_TAGS = ("embedder", "retriever", "generator", "openai", "plain", "grounded")
 
 
 def _field(loc: tuple[int | str, ...]) -> str:
@@ -209,6 +284,17 @@ def _field(loc: tuple[int | str, ...]) -> str:
     return path or "file"
 
 
+def check_upstream_keys(declarations: Sequence[Declaration], keys: Mapping[str, SecretStr]) -> None:
+    """Raises GraphError for an upstream whose key is not there; for before a port opens."""
+    for graph in declarations:
+        for place, node in enumerate(graph.nodes):
+            if isinstance(node, _UpstreamNode):
+                try:
+                    node.endpoint(graph.name, keys)
+                except GraphError as error:
+                    raise GraphError(f"{graph.name}: nodes[{place}].{error}") from error
+
+
 def assemble(declarations: Sequence[Declaration], services: Services) -> dict[str, Sequenced]:
     """Puts the graphs together, by name."""
     return {declared.name: _assembled(declared, services) for declared in declarations}
@@ -216,23 +302,34 @@ def assemble(declarations: Sequence[Declaration], services: Services) -> dict[st
 
 def _assembled(graph: Declaration, services: Services) -> Sequenced:
     *before, last = graph.nodes
-    assert isinstance(last, _GenerateNode)  # check_sequence saw to it
     steps = [_step(node, services) for node in before]
+    if isinstance(last, _UpstreamNode):
+        if services.upstream is None:
+            raise GraphError(f"{graph.name}: nothing is here to ask an upstream with")
+        upstream = services.upstream(last.endpoint(graph.name, services.upstream_keys))
+        price = last.params.price.as_data() if last.params.price else None
+        told: Upstream | None = Upstream(last.params.context_length, price)
+        answer: Answer = Generate(last.id, upstream, last.params.model)
+    else:
+        assert isinstance(last, _GenerateNode)  # check_sequence saw to it
+        told, answer = None, _answer(last, services.generator)
     return Sequenced(
         graph.name,
         graph.description,
         steps,
-        _answer(last, services.generator),
+        answer,
         services.span,
         last.params.model,
         Fallbacks(tuple(graph.fallbacks), graph.first_token_timeout_s),
+        repr(graph.nodes),
+        told,
     )
 
 
-def _step(node: _EncodeNode | _RetrieveNode | _GenerateNode, services: Services) -> Step:
-    assert not isinstance(node, _GenerateNode)
+def _step(node: _Node, services: Services) -> Step:
     if isinstance(node, _EncodeNode):
         return Encode(node.id, services.embedder, node.params.model)
+    assert isinstance(node, _RetrieveNode)  # check_sequence saw to it: the others stream, and so end a graph
     params = node.params
     return Retrieve(node.id, services.retriever, params.collection, params.top_k, params.min_score)
 

@@ -43,7 +43,7 @@ class SqliteFinetunes:
         """Claims the model's id and writes job and message in one transaction; raises as the protocol says."""
 
         def unit(connection: sqlite3.Connection) -> None:
-            _order(connection, finetune.job, message, "training_file", "fine-tuning", finetuning.MAX_UNFINISHED_JOBS)
+            order(connection, finetune.job, message, "training_file", "fine-tuning", finetuning.MAX_UNFINISHED_JOBS)
             _claim(connection, finetune)
             connection.execute(
                 """
@@ -121,15 +121,29 @@ class SqliteEvaluations:
     async def submit(self, evaluation: Evaluation, message: Message) -> None:
         """Writes job and message in one transaction; raises as the protocol says."""
         await self._database.write(
-            lambda connection: _order(
+            lambda connection: order(
                 connection, evaluation.job, message, "task", "evaluation", evaluations.MAX_UNFINISHED_JOBS
             )
         )
         self._outbox.notify()
 
+    async def job(self, tenant: str, job_id: str) -> Job | None:
+        """Returns the tenant's job."""
 
-def _order(connection: sqlite3.Connection, job: Job, message: Message, file_param: str, what: str, most: int) -> None:
-    """Writes a job and its message, if the file is still there and the tenant has not too many jobs."""
+        def query(connection: sqlite3.Connection) -> Job | None:
+            row = connection.execute(
+                f"SELECT {sqlite_jobs.COLUMNS} FROM jobs WHERE job_id = ? AND tenant = ?", (job_id, tenant)
+            ).fetchone()
+            return sqlite_jobs.job_of(row) if row else None
+
+        return await self._database.read(query)
+
+
+def order(connection: sqlite3.Connection, job: Job, message: Message, file_param: str, what: str, most: int) -> None:
+    """Writes a job and its message, if the file is still there and the tenant has not too many jobs.
+
+    To be called inside a unit of work.
+    """
     if job.file_id is not None and sqlite_uploads.find(connection, job.tenant, job.file_id) is None:
         raise file_not_found(job.file_id, file_param)
     if sqlite_jobs.num_unfinished(connection, job.tenant, job.type) >= most:

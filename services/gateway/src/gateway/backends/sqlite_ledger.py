@@ -122,8 +122,8 @@ def _insert(connection: sqlite3.Connection, record: RequestRecord) -> None:
         """
         INSERT INTO usage (request_id, trace_id, tenant, key_id, model, route, prompt_tokens, completion_tokens,
             cached_tokens, finish_reason, http_status, stream, started_unix_ms, duration_s, ttft_s, error_code,
-            usage_id, cost_micros, is_exact)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            usage_id, cost_micros, is_exact, repeat, repeated_prompt_tokens, repeated_completion_tokens)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
         """,
         (
             record.request_id,
@@ -145,6 +145,9 @@ def _insert(connection: sqlite3.Connection, record: RequestRecord) -> None:
             record.usage_id,
             cost_micros,
             record.is_exact,
+            record.repeat,
+            record.repeated_prompt_tokens,
+            record.repeated_completion_tokens,
         ),
     )
     _add_to_sums(connection, record, cost_micros)

@@ -178,6 +178,54 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # What they may do and how much, as core.policy writes it.
         "ALTER TABLE keys ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
         "ALTER TABLE tenants ADD COLUMN policy_json TEXT NOT NULL DEFAULT '{}'",
+        # Repeats: answered from the cache, another's run or a stored answer; what they would have used else.
+        "ALTER TABLE usage ADD COLUMN repeat TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE usage ADD COLUMN repeated_prompt_tokens INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE usage ADD COLUMN repeated_completion_tokens INTEGER NOT NULL DEFAULT 0",
+        # slot is a keyed hash of tenant, key id and Idempotency-Key; answer is sealed, see sqlite_idempotency.
+        """
+        CREATE TABLE idempotency (
+            slot BLOB PRIMARY KEY,
+            tenant TEXT NOT NULL,
+            state TEXT NOT NULL,
+            claim TEXT NOT NULL,
+            fingerprint BLOB,
+            answer BLOB,
+            claimed_unix_ms INTEGER NOT NULL
+        ) STRICT
+        """,
+        "CREATE INDEX idempotency_of_tenant ON idempotency (tenant)",
+        "CREATE INDEX idempotency_by_age ON idempotency (claimed_unix_ms)",
+        "CREATE INDEX idempotency_running ON idempotency (state) WHERE state = 'running'",
+        # Batches.
+        """
+        CREATE TABLE batches (
+            job_id TEXT PRIMARY KEY REFERENCES jobs (job_id),
+            endpoint TEXT NOT NULL,
+            input_upload_id TEXT NOT NULL,
+            expires_unix_ms INTEGER NOT NULL,
+            metadata_json TEXT NOT NULL,
+            in_progress_unix_ms INTEGER,
+            finalizing_unix_ms INTEGER,
+            cancelling_unix_ms INTEGER,
+            is_expired INTEGER NOT NULL DEFAULT 0,
+            num_completed INTEGER NOT NULL DEFAULT 0,
+            num_failed INTEGER NOT NULL DEFAULT 0,
+            output_upload_id TEXT,
+            error_upload_id TEXT,
+            faults_json TEXT NOT NULL DEFAULT '[]'
+        ) STRICT, WITHOUT ROWID
+        """,
+        # Results until they are in the batch's files; the key holds each line to one result.
+        """
+        CREATE TABLE batch_results (
+            job_id TEXT NOT NULL,
+            line INTEGER NOT NULL,
+            is_answered INTEGER NOT NULL,
+            content BLOB NOT NULL,
+            PRIMARY KEY (job_id, line)
+        ) STRICT
+        """,
         # The ledger: what is under way and what it may cost, what everything cost, and what it will.
         """
         CREATE TABLE open_usage (

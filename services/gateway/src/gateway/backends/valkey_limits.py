@@ -14,13 +14,9 @@ from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import redis.asyncio as redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-
 from gateway.backends import valkey_scripts
 from gateway.backends.gateway_metrics import LOCAL_DECISIONS, UNSETTLED, count_refusal
+from gateway.backends.valkey_client import Script, ScriptCall, ValkeyClient, ValkeyError
 from gateway.core.breaker import Breaker
 from gateway.core.limits import UNLIMITED, LocalLimiter, limit_state, requests_per_minute
 from gateway.core.meters import Meter, Standing, Verdict
@@ -29,7 +25,9 @@ from gateway.core.ports import LimitState, Principal
 _log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 0.075
-_MAX_CONNECTIONS = 64
+_RESERVE = Script(valkey_scripts.RESERVE)
+_SETTLE = Script(valkey_scripts.SETTLE)
+_RENEW = Script(valkey_scripts.RENEW)
 _LEASE_S = 30.0  # after so long what a gateway held that was killed is free again
 _MAX_UNSETTLED = 100_000  # while Valkey is away; what is more is left to its lease
 _SETTLED_AT_ONCE = 64
@@ -51,7 +49,7 @@ class ValkeyLimiter:
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: ValkeyClient,
         *,
         local: LocalLimiter | None = None,
         timeout_s: float = _TIMEOUT_S,
@@ -59,9 +57,6 @@ class ValkeyLimiter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
-        self._reserve = client.register_script(valkey_scripts.RESERVE)
-        self._settle = client.register_script(valkey_scripts.SETTLE)
-        self._renew = client.register_script(valkey_scripts.RENEW)
         self._local = local or LocalLimiter()
         self._timeout_s = timeout_s
         self._lease_s = lease_s
@@ -82,17 +77,7 @@ class ValkeyLimiter:
         lease_s: float = _LEASE_S,
     ) -> "ValkeyLimiter":
         """Makes a client for redis://:password@host:port/db. Connects on first use."""
-        # redis-py's defaults wait 60 s on a frozen server and retry: every time-out is set and nothing is retried.
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            max_connections=_MAX_CONNECTIONS,
-            timeout=timeout_s,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            client_name="pressroom-gateway",
-        )
-        return cls(redis.Redis.from_pool(pool), local=local, timeout_s=timeout_s, lease_s=lease_s)
+        return cls(ValkeyClient(url), local=local, timeout_s=timeout_s, lease_s=lease_s)
 
     async def hit(self, principal: Principal) -> LimitState:
         """Counts one request; never raises and never takes longer than its time-out when Valkey is away."""
@@ -132,11 +117,13 @@ class ValkeyLimiter:
         while True:
             if renew_at_s <= time.monotonic():
                 renew_at_s = time.monotonic() + self._lease_s / 3
-                await self._try(self._renew_live)
+                if self._live:
+                    await self._try(self._renew_live)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, renew_at_s - time.monotonic())):
                     await self._wakes.wait()
             self._wakes.clear()
+            self._forget_late()
             if self._unsettled and not await self._try(self._settle_some):
                 await asyncio.sleep(self._timeout_s)
             if self._unsettled:
@@ -148,7 +135,7 @@ class ValkeyLimiter:
         while self._unsettled and time.monotonic() < deadline_s:
             if not await self._try(self._settle_some):
                 break
-        await self._client.aclose()
+        self._client.drop()
 
     async def _reserve_shared(self, meters: Sequence[Meter], least: int, most: int) -> Verdict | None:
         """None while Valkey is away."""
@@ -158,11 +145,12 @@ class ValkeyLimiter:
         held = tuple(meter for meter in meters if meter.is_held)
         try:
             async with asyncio.timeout(self._timeout_s):
-                answer = await self._reserve(
-                    keys=[meter.name for meter in meters],
-                    args=[request_id, self._lease_ms, least, most, *_args(meters)],
+                answer = await self._client.run(
+                    _RESERVE,
+                    [meter.name for meter in meters],
+                    [request_id, self._lease_ms, least, most, *_args(meters)],
                 )
-        except (RedisError, OSError, TimeoutError) as error:
+        except (ValkeyError, OSError, TimeoutError) as error:
             self._note_failure(error)
             self._settle_later(request_id, held, 0)  # it may have been carried out all the same
             return None
@@ -184,19 +172,21 @@ class ValkeyLimiter:
             UNSETTLED.inc()
         self._wakes.set()
 
-    async def _settle_some(self) -> None:
-        """Sends a batch in one round trip. What was sent stays until it is known to have arrived: twice is harmless."""
+    def _forget_late(self) -> None:
         while self._unsettled and self._unsettled[0].until_s < time.monotonic():
             self._unsettled.popleft()  # its lease is over: Valkey has counted it in full
             UNSETTLED.inc()
+
+    async def _settle_some(self) -> None:
+        """Sends a batch in one round trip. What was sent stays until it is known to have arrived: twice is harmless."""
         batch = list(itertools.islice(self._unsettled, _SETTLED_AT_ONCE))
-        pipe = self._client.pipeline(transaction=False)
-        for one in batch:
-            names = [meter.name for meter in one.meters]
-            await self._settle(
-                keys=names, args=[one.id, self._lease_ms, one.num_tokens, *_args(one.meters)], client=pipe
+        calls = [
+            ScriptCall(
+                [meter.name for meter in one.meters], [one.id, self._lease_ms, one.num_tokens, *_args(one.meters)]
             )
-        await pipe.execute()
+            for one in batch
+        ]
+        await self._client.run_all(_SETTLE, calls)
         for one in batch:
             if self._unsettled and self._unsettled[0] is one:
                 self._unsettled.popleft()
@@ -209,7 +199,7 @@ class ValkeyLimiter:
         for meter, all_ids in ids.items():
             for first in range(0, len(all_ids), _RENEWED_AT_ONCE):
                 some = all_ids[first : first + _RENEWED_AT_ONCE]
-                await self._renew(keys=[meter.name], args=[self._lease_ms, meter.window_ms, *some])
+                await self._client.run(_RENEW, [meter.name], [self._lease_ms, meter.window_ms, *some])
 
     async def _try(self, work: Callable[[], Awaitable[None]]) -> bool:
         """Does something in the background, where Valkey is there to do it."""
@@ -218,13 +208,15 @@ class ValkeyLimiter:
         try:
             async with asyncio.timeout(_BACKGROUND_TIMEOUT_S):
                 await work()
-        except (RedisError, OSError, TimeoutError) as error:
+        except (ValkeyError, OSError, TimeoutError) as error:
             self._note_failure(error)
             return False
         self._note_success()
         return True
 
     def _note_failure(self, error: Exception) -> None:
+        if not isinstance(error, ValkeyError):
+            self._client.drop()  # what does not answer in time may be gone without a word
         if self._breaker.failed():
             _log.error("limits are counted locally, valkey failed", extra={"error": repr(error)})
 

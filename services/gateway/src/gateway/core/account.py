@@ -1,15 +1,35 @@
 """What one request has used so far, kept from its arrival to its end, whatever way it ends."""
 
+import random
 import time
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from gateway.core.graph import Answering, GraphEvent, Grounding, cut_off
 from gateway.core.ports import Principal, RequestRecord
-from gateway.core.services import Abandoned, Delta, Done, Finished, Started, Usage
+from gateway.core.services import Abandoned, Delta, Done, Finished, Started, ToolCallDelta, Usage
 
+HEADER_MODEL = "x-pressroom-model"  # which model answered
 MAX_KEPT_TEXT_CHARS = 32_768  # of prompt and of completion each, for the tenants that allow text
+
+
+class Wish(StrEnum):
+    """What a request says of repeats; see core.repeats."""
+
+    UNSAID = ""  # the policies of key and tenant decide on the cache; concurrent repeats share a run
+    ON = "on"  # from the cache and into it, whatever the policies, even where chance makes the answer
+    REFRESH = "refresh"  # run anew, and keep the answer
+    OFF = "off"  # a run of its own, nothing is kept
+
+
+class Repeat(StrEnum):
+    """How a request was answered without a run of its own."""
+
+    NO = ""
+    HIT = "hit"  # from the cache
+    SHARED = "shared"  # from the run of another request
+    REPLAYED = "replayed"  # by its Idempotency-Key
 
 
 @dataclass(slots=True)
@@ -25,8 +45,10 @@ class Account:
     model: str = ""
     stream: bool = False
     grounded: bool | None = None
+    cache_wish: Wish = Wish.UNSAID
+    repeat: Repeat = Repeat.NO
     # Ours alone, whatever id the client sent: what the ledger and the generator account this request under.
-    usage_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    usage_id: str = field(default_factory=lambda: f"{random.getrandbits(128):032x}")
     answer_headers: dict[str, str] = field(default_factory=dict)  # what is to be said beside the answer, over HTTP
     prompt_text: str = field(default="", repr=False)
     finish_reason: str = ""
@@ -37,11 +59,13 @@ class Account:
     _last_content_s: float = 0.0
     _prompt_tokens: int = 0
     _num_streamed: int = 0
+    _is_estimate: bool = False
     _num_started: int = 0
     _asks_generator: bool = False
     _left_a_call: bool = False
     _usage: Usage | None = None
     _when_used: list[Callable[[Usage], None]] = field(default_factory=list, repr=False)
+    _repeated: Usage = field(default_factory=Usage)
     _completion: list[str] = field(default_factory=list, repr=False)
     _completion_chars: int = 0
 
@@ -54,8 +78,10 @@ class Account:
         match event:
             case Delta():
                 self.produced(event.num_tokens, event.text)
+            case ToolCallDelta():
+                self.produced(event.num_tokens, event.arguments or event.name)
             case Started():
-                self.prompt_known(event.prompt_tokens)
+                self.prompt_known(event.prompt_tokens, is_estimate=event.is_estimate)
             case Done():
                 self.done(event.usage)
             case Grounding():
@@ -69,9 +95,27 @@ class Account:
                 if (error := cut_off(event)) is not None:
                     raise error
 
-    def prompt_known(self, num_tokens: int) -> None:
+    def take_repeated(self, event: GraphEvent) -> GraphEvent:
+        """The same for an event of a run that is not this request's own; returns it as this request is to see it.
+
+        Nothing of it is used, so the usage stays as it is: what the client is told says that it was cached.
+        """
+        match event:
+            case Delta():
+                self.produced(0, event.text)
+            case Done():
+                self._repeated = replace(event.usage, cached_tokens=event.usage.prompt_tokens)
+                return Done(self._repeated)
+            case Finished():
+                self.finish_reason = event.reason
+            case Answering():
+                self.model = self.answer_headers[HEADER_MODEL] = event.model
+        return event
+
+    def prompt_known(self, num_tokens: int, *, is_estimate: bool = False) -> None:
         """The prompt was admitted with so many tokens."""
         self._prompt_tokens += num_tokens
+        self._is_estimate |= is_estimate
         self._num_started += 1
 
     def asks_generator(self, it_does: bool = True) -> None:
@@ -117,12 +161,19 @@ class Account:
 
     @property
     def usage(self) -> Usage:
-        """The exact usage; before the end, what has been counted so far."""
-        return self._usage or Usage(self._prompt_tokens, self._num_streamed)
+        """What was used, exactly; before the end, what has been counted so far. Nothing for a repeat."""
+        return self._usage or Usage(self._prompt_tokens, self._num_streamed, is_estimate=self._is_estimate)
+
+    @property
+    def told_usage(self) -> Usage:
+        """What the client is told: the usage, or a repeat's that was another's and is marked as cached."""
+        return self._repeated if self.repeat else self.usage
 
     @property
     def is_exact(self) -> bool:
         """Whether the usage is all that was used; otherwise the generator knows more than we have seen."""
+        if self.usage.is_estimate:
+            return False
         return not self._asks_generator or (self._usage is not None and not self._left_a_call)
 
     @property
@@ -171,6 +222,9 @@ class Account:
             tpot_s=self.tpot_s,
             grounded=self.grounded,
             error_code=self.error_code,
+            repeat=self.repeat,
+            repeated_prompt_tokens=self._repeated.prompt_tokens,
+            repeated_completion_tokens=self._repeated.completion_tokens,
             prompt_text=self.prompt_text[:MAX_KEPT_TEXT_CHARS] if allows_text else "",
             completion_text="".join(self._completion)[:MAX_KEPT_TEXT_CHARS] if allows_text else "",
             usage_id=self.usage_id,

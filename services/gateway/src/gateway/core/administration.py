@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from chassis.errors import Code, PlatformError
+from gateway.core import creation
 from gateway.core.audit import CONFIGURATION, Change
 from gateway.core.keys import KeyRing, KeyRow, KeyStore, TenantRow, secret_hmac, split_key
 from gateway.core.policy import UNRESTRICTED, Policy
@@ -87,7 +88,7 @@ class Administration:
 
     async def create_key(self, actor: str, wanted: NewKey) -> tuple[str, str]:
         """Makes a key and returns its id and the whole key, which nobody can read again."""
-        key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(_SECRET_BYTES)
+        key_id, secret = creation.new_id("key")[:16], secrets.token_urlsafe(_SECRET_BYTES)
         row = KeyRow(
             key_id,
             wanted.tenant,
@@ -100,7 +101,13 @@ class Administration:
             metadata=wanted.metadata,
             expires_unix_s=wanted.expires_unix_s,
         )
-        await self._book.revise_key(key_id, lambda _: (row, Change(actor, "key.created", key_id, _told_of_key(row))))
+
+        def revise(found: KeyRow | None) -> KeyRevision:
+            if found is not None:
+                raise _was_made(key_id)
+            return row, Change(actor, "key.created", key_id, _told_of_key(row))
+
+        await self._book.revise_key(key_id, revise)
         await self._announce_key(key_id)
         return key_id, f"sk-{key_id}-{secret}"
 
@@ -299,3 +306,14 @@ def _no_key() -> PlatformError:
 
 def _no_tenant() -> PlatformError:
     return PlatformError(Code.NOT_FOUND, "no such tenant", param="tenant")
+
+
+def _was_made(key_id: str) -> PlatformError:
+    """The error for a request that was cut short after it had made its key: nobody can tell the secret any more."""
+    return PlatformError(
+        Code.CONFLICT,
+        f"the request with this Idempotency-Key made the key {key_id}, whose secret was lost on the way: revoke or "
+        "rotate it, or make another under a new Idempotency-Key",
+        param="idempotency-key",
+        reason="idempotency_answer_lost",
+    )

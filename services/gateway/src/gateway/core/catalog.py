@@ -8,9 +8,10 @@ from dataclasses import replace
 from chassis.errors import Code, PlatformError
 from gateway.core.finetuning import TunedModel, TunedModels
 from gateway.core.graph import Deadline, Fallbacks, Graph, GraphEvent, GraphRequest, Sequenced
-from gateway.core.services import Embedder, Generator, ServedModel
+from gateway.core.services import Chat, Embedder, Generator, ServedModel, Tokenized
 
 _TIMEOUT_S = 2.0
+_VERSION_TIMEOUT_S = 0.25
 _LOADING_S = 2.0  # what a generator takes to load an adapter, about
 
 
@@ -29,16 +30,22 @@ class Tuned:
 
     def __init__(self, base: Sequenced, model: TunedModel) -> None:
         self.name = model.model_id
+        self.model = base.model
         self.uses_generator = True
         self.fallbacks = Fallbacks()  # no other model is what it was tuned to be
-        self.base = base
+        self._base = base
         self._model = model
+
+    @property
+    def identity(self) -> str | None:
+        """The base's, and the adapter."""
+        return f"{self.name} {self._base.identity}"
 
     async def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Walks the base's graph; the caller closes it in the task that iterates it."""
         # The generator is asked even where no job has told its end yet: it serves a model a moment before we hear it.
         try:
-            async with aclosing(self.base.run(replace(request, adapter=self.name), deadline)) as events:
+            async with aclosing(self._base.run(replace(request, adapter=self.name), deadline)) as events:
                 async for event in events:
                     yield event
         except PlatformError as error:
@@ -68,6 +75,7 @@ class Catalog:
         self._generator = generator
         self._embedder = embedder
         self._tuned = tuned
+        self._asking: asyncio.Task[Mapping[str, str]] | None = None
         self._known: dict[str, Sequence[ServedModel]] = {"generator": (), "embedder": ()}
 
     async def graph(self, name: str, tenant: str) -> Graph:
@@ -82,13 +90,50 @@ class Catalog:
                 return Tuned(base, model)
         raise model_not_found(name)
 
-    async def declared(self, name: str, tenant: str) -> Sequenced:
-        """The graph as it was declared; that of its base for a tuned model."""
-        graph = await self.graph(name, tenant)
-        if isinstance(graph, Tuned):
-            graph = graph.base
-        assert isinstance(graph, Sequenced)
-        return graph
+    async def tokenize(self, graph: Graph, prompt: Chat | str, deadline: Deadline) -> Tokenized:
+        """What a prompt is to the model that answers in the graph's end; INVALID_ARGUMENT where only others know."""
+        if not graph.uses_generator:
+            raise PlatformError(
+                Code.INVALID_ARGUMENT,
+                f"the tokens of the model {graph.name!r} are not counted here: another server runs it",
+                param="model",
+                reason="model_not_supported",
+            )
+        return await self._generator.tokenize(graph.model, prompt, timeout_s=deadline.remaining_s())
+
+    def only_plain(self) -> str:
+        """The one plain model, for requests that name none; raises INVALID_ARGUMENT where there are several."""
+        plain = sorted(one.name for one in self._graphs.values() if one.is_plain)
+        if len(plain) != 1:
+            raise PlatformError(
+                Code.INVALID_ARGUMENT,
+                f"name the model; there are: {', '.join(plain)}",
+                param="model",
+                reason="missing_required_parameter",
+            )
+        return plain[0]
+
+    async def version(self, graph: Graph) -> str | None:
+        """Which version of the model would answer now; None where that cannot be known at once.
+
+        The generator is asked each time, since adapters and models are changed while it runs; who asks at the same
+        time shares its answer.
+        """
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._versions())
+            self._asking.add_done_callback(self._asked)
+        name = graph.model if isinstance(graph, Sequenced) else graph.name
+        return (await asyncio.shield(self._asking)).get(name)
+
+    def _asked(self, _: object) -> None:
+        self._asking = None
+
+    async def _versions(self) -> Mapping[str, str]:
+        try:
+            models = await self._generator.list_models(timeout_s=_VERSION_TIMEOUT_S)
+        except PlatformError:
+            return {}
+        return {model.id: model.version for model in models if model.version}
 
     async def check_answers(self, name: str, tenant: str) -> None:
         """Raises NOT_FOUND unless the tenant can ask the model, or will be able to in a moment."""
@@ -105,7 +150,9 @@ class Catalog:
             return
         await self.refresh()
         encoders = {model.id for model in self._known["embedder"]}
-        if graph is not None:
+        if graph is not None and graph.upstream is not None:
+            why = "is served by another server"
+        elif graph is not None:
             why = f"is a graph over {graph.model!r}: fine-tune that model"
         elif name in encoders:
             why = "is an encoder"
@@ -141,7 +188,7 @@ class Catalog:
 
     def _base(self, name: str) -> str:
         graph = self._graphs.get(name)
-        return graph.model if graph else name
+        return graph.model if graph and graph.upstream is None else name
 
     async def _refresh(self, service: str, ask: Callable[[], Awaitable[Sequence[ServedModel]]]) -> None:
         try:

@@ -6,12 +6,12 @@ what was answered with 202 will be indexed, whatever dies in between. Knows noth
 
 import hashlib
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
 from chassis.errors import Code, PlatformError
+from gateway.core import creation
 from gateway.core.content import Inspector
 from gateway.core.jobs import Canceller, Job, JobStatus, JobStore
 from gateway.core.outbox import Message
@@ -168,7 +168,7 @@ class DocumentIndex(Protocol):
 def document_id_for(tenant: str, collection: str, external_id: str) -> str:
     """Returns the id of a document: always the same for an external id, so that ingesting it again replaces it."""
     if not external_id:
-        return f"doc_{uuid.uuid4().hex}"
+        return f"doc_{creation.new_id('document')}"
     digest = hashlib.sha256("\0".join((tenant, collection, external_id)).encode())
     return f"doc_{digest.hexdigest()[:32]}"
 
@@ -197,16 +197,21 @@ class Library:
 
     async def submit(self, tenant: str, source: BinaryIO, description: Description, *, param: str) -> Document:
         """Stores the bytes and orders their indexing; `param` names the field that held them in errors."""
+        document_id = document_id_for(tenant, description.collection, description.external_id)
+        job_id = f"job_{creation.new_id('job')}"
+        existing = await self._documents.get(tenant, document_id) if creation.may_exist() else None
+        if existing is not None and existing.job_id == job_id:
+            return existing
         stored = await self._files.save(source, Inspector(description.content_type, param))
         now_ms = int(self._now() * 1000)
         file = FileRow(
             stored.file_id, tenant, stored.sha256, stored.size_bytes, description.content_type, description.filename
         )
         document = Document(
-            document_id=document_id_for(tenant, description.collection, description.external_id),
+            document_id=document_id,
             tenant=tenant,
             description=description,
-            job_id=f"job_{uuid.uuid4().hex}",
+            job_id=job_id,
             status=JobStatus.QUEUED,
             file_id=stored.file_id,
             size_bytes=stored.size_bytes,

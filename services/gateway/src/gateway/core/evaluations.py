@@ -5,12 +5,12 @@ Knows nothing of HTTP, SQLite, gRPC or the bus.
 
 import logging
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from chassis.errors import Code, PlatformError
+from gateway.core import creation
 from gateway.core.jobs import Job
 from gateway.core.outbox import Message
 from gateway.core.uploads import Upload, UploadStore, file_not_found, is_upload_id
@@ -57,6 +57,10 @@ class EvaluationStore(Protocol):
         """
         ...
 
+    async def job(self, tenant: str, job_id: str) -> Job | None:
+        """Returns the tenant's job."""
+        ...
+
 
 class Tasks(Protocol):
     """What the evaluator tells of its tasks."""
@@ -93,8 +97,11 @@ class Evaluations:
                 raise file_not_found(task, "task")
         else:
             await self._check(task)
+        job_id = f"job_{creation.new_id('job')}"
+        if creation.may_exist() and (existing := await self._store.job(tenant, job_id)):
+            return Evaluation(existing, model, "" if upload else task, upload)
         job = Job(
-            f"job_{uuid.uuid4().hex}",
+            job_id,
             tenant,
             TYPE,
             int(self._now() * 1000),

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from gateway.core.graph import GraphEvent
-from gateway.core.services import Delta, Done, Finished, Started, Usage
+from gateway.core.services import Delta, Done, Finished, Started, ToolCallDelta, Usage
 
 MAX_AT_ONCE = 16  # prompts of one request that the generator has at a time
 _QUEUE_EVENTS = 64
@@ -62,6 +62,6 @@ def _renumbered(event: GraphEvent, run_index: int, n: int) -> GraphEvent:
     match event:
         case Started():
             return replace(event, prompt_index=run_index)
-        case Delta() | Finished():
+        case Delta() | ToolCallDelta() | Finished():
             return replace(event, index=run_index * n + event.index)
     return event

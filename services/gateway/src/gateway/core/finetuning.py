@@ -7,12 +7,12 @@ be trained, and no id ever changes its owner. Knows nothing of HTTP, SQLite, gRP
 import re
 import secrets
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from chassis.errors import Code, PlatformError
+from gateway.core import creation
 from gateway.core.jobs import Job
 from gateway.core.outbox import Message
 from gateway.core.uploads import Purpose, Upload, UploadStore, file_not_found
@@ -172,7 +172,9 @@ class Finetuning:
                 param="training_file",
                 reason="invalid_file_purpose",
             )
-        job_id = f"ftjob-{uuid.uuid4().hex}"
+        job_id = f"ftjob-{creation.new_id('job')}"
+        if creation.may_exist() and (existing := await self._store.get(tenant, job_id)):
+            return existing
         finetune = Finetune(
             job=Job(job_id, tenant, TYPE, int(self._now() * 1000), file_id=upload.upload_id, key_id=key_id),
             base=order.base,

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import ClassVar, Protocol, TypeVar
 
 from chassis.errors import Code, PlatformError
+from gateway.core.money import Price
 from gateway.core.services import (
     Abandoned,
     Chat,
@@ -197,6 +198,16 @@ class Graph(Protocol):
         ...
 
     @property
+    def model(self) -> str:
+        """The generator's model that answers in the end."""
+        ...
+
+    @property
+    def identity(self) -> str | None:
+        """What its answers depend on beside the request and the model's version; None where that changes silently."""
+        ...
+
+    @property
     def uses_generator(self) -> bool:
         """Its tokens are the generator's, which keeps a book of them."""
         ...
@@ -214,6 +225,14 @@ class Graph(Protocol):
 SpanFactory = Callable[[str], AbstractContextManager[object]]
 
 
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """What its declaration tells of a server elsewhere that answers a graph."""
+
+    context_length: int  # of prompt and completion together, in tokens
+    price: Price | None = None
+
+
 class Sequenced:
     """A graph whose nodes run one after the other."""
 
@@ -226,24 +245,38 @@ class Sequenced:
         span: SpanFactory,
         model: str,
         fallbacks: Fallbacks = Fallbacks(),
+        declared: str = "",
+        upstream: Upstream | None = None,
     ) -> None:
         self.name = name
         self.fallbacks = fallbacks
         self.description = description
-        self.model = model  # the generator's model that answers in the end
+        self.model = model  # that answers in the end: the generator's, or the upstream's
+        self.upstream = upstream  # None: the generator answers
         self._steps = tuple(steps)
         self._answer = answer
         self._span = span
+        self._declared = declared  # the whole declaration
+
+    @property
+    def identity(self) -> str | None:
+        """Its declaration; None with steps, which read documents that come and go."""
+        return None if self._steps else f"{self.name} {self._declared}"
 
     @property
     def uses_generator(self) -> bool:
         """See Graph.uses_generator."""
-        return True
+        return self.upstream is None
 
     @property
     def is_plain(self) -> bool:
         """It is a model of the generator under its own name and nothing else: what adapters can be made for."""
-        return not self._steps and self.name == self.model
+        return self.passes_prompt and self.upstream is None and self.name == self.model
+
+    @property
+    def passes_prompt(self) -> bool:
+        """Its model reads the prompt as the client sent it."""
+        return not self._steps
 
     async def run(self, request: GraphRequest, deadline: Deadline) -> AsyncGenerator[GraphEvent]:
         """Walks the graph; the caller closes it (contextlib.aclosing) in the task that iterates it."""

@@ -20,6 +20,7 @@ from gateway.core.graph import (
 )
 from gateway.core.services import (
     Chat,
+    Completer,
     Delta,
     Done,
     Embedder,
@@ -116,7 +117,7 @@ class Generate:
     gives: ClassVar[ValueKind] = ValueKind.STREAM
 
     id: str
-    generator: Generator
+    generator: Completer
     model: str
     temperature: float | None = None
     top_p: float | None = None

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from gateway.core.guard import Guard
 from gateway.core.services import (
     Chat,
+    Completer,
     Embedded,
     Embedder,
     Generation,
@@ -16,6 +17,17 @@ from gateway.core.services import (
     Source,
     Tokenized,
 )
+
+
+class GuardedCompleter:
+    """Implements services.Completer."""
+
+    def __init__(self, guard: Guard[Completer]) -> None:
+        self._guard = guard
+
+    def generate(self, call: Generation, *, timeout_s: float) -> AsyncGenerator[GenerationEvent]:
+        """Streams the completion; what came before its first token comes together with that."""
+        return self._guard.stream(lambda one, left_s: one.generate(call, timeout_s=left_s), timeout_s)
 
 
 class GuardedGenerator:

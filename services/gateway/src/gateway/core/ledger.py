@@ -18,7 +18,7 @@ from gateway.core.money import Bound, Purse, purses_of
 from gateway.core.ports import RequestRecord
 from gateway.core.services import Usage
 from gateway.core.serving import Ask
-from gateway.core.token_bounds import Size
+from gateway.core.sizing import Size
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Sizes(Protocol):
     """Knows how much a request can use."""
 
     async def exact(self, ask: Ask) -> Size:
-        """See core.token_bounds."""
+        """See core.sizing."""
         ...
 
 
@@ -103,7 +103,7 @@ class StartRecords:
     async def hold(self, ask: Ask) -> AsyncIterator[None]:
         """Raises RATE_LIMITED with reason insufficient_quota where a budget does not hold the request."""
         purses = purses_of(ask.principal)
-        bound = Bound.of(await self._sizes.exact(ask)) if purses else Bound()
+        bound = (await self._sizes.exact(ask)).bound() if purses else Bound()
         await self._openings.open(_opening(ask), bound, purses)
         yield
 

@@ -16,7 +16,7 @@ from gateway.core.platform_limits import PlatformLimits
 from gateway.core.policy import Counted, Limit
 from gateway.core.services import Usage
 from gateway.core.serving import Ask
-from gateway.core.token_bounds import TokenBounds, cut
+from gateway.core.sizing import Sizes, cut
 
 _WIDE = 256  # so many requests fit into a wide limit, even by their bounds
 
@@ -27,12 +27,12 @@ class Limiting:
     def __init__(
         self,
         limiter: Limiter,
-        bounds: TokenBounds,
+        sizes: Sizes,
         platform: PlatformLimits,
         count_refusal: Callable[[Meter], None],
     ) -> None:
         self._limiter = limiter
-        self._bounds = bounds
+        self._sizes = sizes
         self._platform = platform
         self._count_refusal = count_refusal
 
@@ -72,14 +72,14 @@ class Limiting:
         _refuse_what_never_fits(meters, 1, None)
         if capacity is None:
             return await self._limiter.reserve(meters, 0, 0)
-        size = await self._bounds.rough(ask)
+        size = await self._sizes.bound(ask)
         if not size.is_exact:
             # The bound asks nobody. It holds far more than will be used, which only a wide limit can spare.
             if size.most * _WIDE <= capacity:
                 verdict = await self._limiter.reserve(meters, size.most, size.most)
                 if verdict.allowed or any(not one.fits and not _counts_tokens(one.meter) for one in verdict.standings):
                     return verdict
-            size = await self._bounds.exact(ask)
+            size = await self._sizes.exact(ask)
         _refuse_what_never_fits(meters, size.least, _param(ask))
         verdict = await self._limiter.reserve(meters, size.least, size.most)
         if verdict.allowed:

@@ -3,7 +3,7 @@
 Money is in integer millionths ("micros") of the currency that prices are in; it is never a float.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
@@ -12,10 +12,10 @@ from chassis.errors import Code, PlatformError
 from gateway.core.policy import Budget
 from gateway.core.ports import Principal
 from gateway.core.services import Usage
-from gateway.core.token_bounds import Size
 
 _PER_TOKENS = 1_000_000
 MS_PER_DAY = 86_400_000
+CONFIGURATION = "configuration"  # who sets the prices that graphs declare
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,23 @@ class PriceList(Protocol):
     """The prices of all models."""
 
     async def put(self, entry: PriceEntry, actor: str, now_unix_ms: int) -> None:
-        """Writes a price that begins now or later; raises INVALID_ARGUMENT for an earlier one. actor: a key's id."""
+        """Writes a price that begins now or later; raises FAILED_PRECONDITION for an earlier one.
+
+        actor: a key's id, or CONFIGURATION.
+        """
         ...
 
     async def all(self) -> Sequence[PriceEntry]:
         """Every price, by model and time."""
         ...
+
+
+async def put_declared(prices: PriceList, declared: Mapping[str, Price], now_unix_ms: int) -> None:
+    """Puts the prices that graphs declare in force, where another one is or none."""
+    in_force = {one.model: one.price for one in await prices.all() if one.effective_unix_ms <= now_unix_ms}
+    for model, price in declared.items():
+        if in_force.get(model) != price:
+            await prices.put(PriceEntry(model, now_unix_ms, price), CONFIGURATION, now_unix_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +81,6 @@ class Bound:
 
     prompt_tokens: int = 0
     other_tokens: int = 0  # of all its completions, and of what a graph puts into the prompt
-
-    @staticmethod
-    def of(size: Size) -> "Bound":
-        """The bound of a request of this size."""
-        num_prompt = min(sum(size.prompts), size.most)
-        return Bound(num_prompt, size.most - num_prompt)
 
 
 @dataclass(frozen=True, slots=True)

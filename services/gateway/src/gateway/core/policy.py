@@ -19,7 +19,7 @@ class Counted(StrEnum):
 
 
 class Algorithm(StrEnum):
-    """How a limit counts over time; see core.limits."""
+    """How a limit counts over time; see core.counts."""
 
     FIXED_WINDOW = "fixed_window"
     SLIDING_LOG = "sliding_log"

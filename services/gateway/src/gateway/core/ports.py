@@ -63,6 +63,9 @@ class RequestRecord:
     tpot_s: float = 0.0
     grounded: bool | None = None
     error_code: str = ""
+    repeat: str = ""  # "hit", "shared" or "replayed": nothing was used, see core.account.Repeat
+    repeated_prompt_tokens: int = 0  # what a hit or a shared run would have used
+    repeated_completion_tokens: int = 0
     prompt_text: str = field(default="", repr=False)
     completion_text: str = field(default="", repr=False)
     usage_id: str = ""  # the account's; one that was written already is not written again

@@ -53,6 +53,7 @@ class Stopping:
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Grammar:
 
     kind: str
     source: str = ""
+    is_strict: bool = True  # False: the client is content with a best effort; the generator keeps to it all the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +120,19 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Exact token counts."""
+    """Token counts, exact unless they are an estimate: of an upstream that told none."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    is_estimate: bool = False
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
             self.cached_tokens + other.cached_tokens,
+            self.is_estimate or other.is_estimate,
         )
 
 
@@ -140,6 +144,7 @@ class Started:
     model_version: str
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     prompt_index: int = 0  # which prompt, where a request has several
+    is_estimate: bool = False  # of prompt_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +158,25 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a tool call, from an upstream that tells calls apart from text; its first piece has id and name."""
+
+    index: int  # of the completion
+    number: int  # of the call within it, from 0
+    arguments: str  # a piece of their JSON text
+    num_tokens: int
+    call_id: str = ""
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """One completion ended: "stop", "length", "cancelled" or "deadline"."""
+    """One completion ended: "stop", "length", "cancelled" or "deadline"; an upstream also has "tool_calls" and
+    "content_filter"."""
 
     index: int
     reason: str
+    stop_match: str = ""  # the stop string, or the text of the stop token, that ended it
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +191,7 @@ class Abandoned:
     """A call was given up before its first token and another takes its place: what that one used is not in Done."""
 
 
-GenerationEvent = Started | Delta | Finished | Done | Abandoned
+GenerationEvent = Started | Delta | ToolCallDelta | Finished | Done | Abandoned
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +209,7 @@ class ServedModel:
     id: str
     created_unix_s: int
     base: str = ""  # the model that an adapter belongs to; empty or its own id for a model
+    version: str = ""  # as Started says it; empty where it has none
 
     @property
     def is_adapter(self) -> bool:
@@ -229,12 +249,19 @@ class Source:
     score: float
 
 
-class Generator(Protocol):
-    """The LLM engine. Every method raises PlatformError, and DEADLINE_EXCEEDED after timeout_s."""
+class Completer(Protocol):
+    """What completes prompts: the LLM engine, or a server elsewhere."""
 
     def generate(self, call: Generation, *, timeout_s: float) -> AsyncGenerator[GenerationEvent]:
-        """Streams Started, then Deltas and Finished, then Done; closing or cancelling it stops the decoding."""
+        """Streams Started, then Deltas and Finished, then Done; closing or cancelling it stops the decoding.
+
+        Raises PlatformError, and DEADLINE_EXCEEDED after timeout_s.
+        """
         ...
+
+
+class Generator(Completer, Protocol):
+    """The LLM engine. Every method raises PlatformError, and DEADLINE_EXCEEDED after timeout_s."""
 
     async def tokenize(self, model: str, prompt: Chat | str, *, timeout_s: float) -> Tokenized:
         """Counts the tokens of a prompt."""

@@ -12,13 +12,14 @@ from functools import partial
 from typing import Protocol
 
 from chassis.errors import Code, PlatformError
-from gateway.core.account import Account
+from gateway.core.account import HEADER_MODEL, Account
 from gateway.core.catalog import Catalog
 from gateway.core.fanout import merged
 from gateway.core.graph import Answering, Deadline, Graph, GraphEvent, GraphRequest, until_first_token
 from gateway.core.ports import Principal
+from gateway.core.repeats import Repeats
+from gateway.core.services import Chat, Tokenized
 
-HEADER_MODEL = "x-pressroom-model"  # which model answered
 _ANOTHER_MAY_ANSWER = (Code.UNAVAILABLE, Code.OVERLOADED, Code.DEADLINE_EXCEEDED)
 
 
@@ -61,7 +62,10 @@ class NoStage:
 
 
 class Serving:
-    """Leads requests through the stages, in their order, to the model or to the first fallback that answers."""
+    """Leads requests through the stages, in their order, to the model or to the first fallback that answers.
+
+    What repeats another request goes past all of it, where `repeats` can answer it.
+    """
 
     def __init__(
         self,
@@ -69,17 +73,23 @@ class Serving:
         stages: Sequence[Stage] = (),
         admission: Stage = NoStage(),
         on_fallback: Callable[[str, str], None] = lambda asked, answers: None,
+        repeats: Repeats | None = None,
     ) -> None:
         """`admission` comes last, for each model that is tried; `on_fallback` is told who answers for whom."""
         self._catalog = catalog
         self._stages = tuple(stages)
         self._admission = admission
         self._on_fallback = on_fallback
+        self._repeats = repeats or Repeats(catalog)
 
     async def graph(self, principal: Principal, name: str) -> Graph:
         """What answers under that name for the sender; raises PERMISSION_DENIED and NOT_FOUND."""
         self.permit(principal, name)
         return await self._catalog.graph(name, principal.tenant)
+
+    async def tokenize(self, graph: Graph, prompt: Chat | str, deadline: Deadline) -> Tokenized:
+        """How many tokens a prompt is to the graph's model, without running it; raises PlatformError."""
+        return await self._catalog.tokenize(graph, prompt, deadline)
 
     @staticmethod
     def permit(principal: Principal, model: str) -> None:
@@ -98,9 +108,21 @@ class Serving:
         async with self._held(ask), self._admission.hold(ask):
             yield
 
-    async def run(self, ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
-        """Streams the graph's events and keeps the account; the caller closes it in the task that iterates it."""
-        async with self._held(ask), aclosing(self._answer(ask, graph)) as events:
+    def run(self, ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
+        """Streams the graph's events and keeps the account; the caller closes it in the task that iterates it.
+
+        Raises PERMISSION_DENIED at once.
+        """
+        self.permit(ask.principal, ask.model)
+        return self._repeats.run(ask, graph, partial(self._fresh, ask, graph))
+
+    async def _fresh(self, ask: Ask, graph: Graph, is_asked: Callable[[bool], None]) -> AsyncGenerator[GraphEvent]:
+        """`is_asked` is called before a model is: True where the stages have left the requests as they were."""
+        wanted = ask.requests
+        async with (
+            self._held(ask),
+            aclosing(self._answer(ask, graph, lambda: is_asked(ask.requests == wanted))) as events,
+        ):
             async for event in events:
                 ask.account.take(event)
                 yield event
@@ -113,13 +135,13 @@ class Serving:
                 await held.enter_async_context(stage.hold(ask))
             yield
 
-    async def _answer(self, ask: Ask, asked: Graph) -> AsyncGenerator[GraphEvent]:
+    async def _answer(self, ask: Ask, asked: Graph, on_asked: Callable[[], None]) -> AsyncGenerator[GraphEvent]:
         """The events of the graph, or of the first of its fallbacks that comes to a token."""
         chain = [asked, *await self._fallbacks(ask, asked)]
         first_error: PlatformError | None = None
         for graph in chain:
             most_s = None if graph is chain[-1] else asked.fallbacks.first_token_s
-            async with aclosing(self._admitted(replace(ask, model=graph.name), graph)) as events:
+            async with aclosing(self._admitted(replace(ask, model=graph.name), graph, on_asked)) as events:
                 try:
                     # Nothing is held back where nobody else could answer anyway.
                     first = [] if graph is asked is chain[-1] else await _first_events(events, most_s)
@@ -147,8 +169,9 @@ class Serving:
                 graphs.append(await self.graph(ask.principal, name))
         return graphs
 
-    async def _admitted(self, ask: Ask, graph: Graph) -> AsyncGenerator[GraphEvent]:
+    async def _admitted(self, ask: Ask, graph: Graph, on_asked: Callable[[], None]) -> AsyncGenerator[GraphEvent]:
         async with self._admission.hold(ask), aclosing(_events(ask, graph)) as events:
+            on_asked()
             async for event in events:
                 yield event
 

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import BinaryIO, Protocol
 
 from chassis.errors import Code, PlatformError
+from gateway.core import creation
 from gateway.core.content import NotEmpty
 from gateway.core.documents import FileRow, FileStore
 
@@ -23,6 +24,7 @@ class Purpose(StrEnum):
 
     ASSISTANTS = "assistants"
     BATCH = "batch"
+    BATCH_OUTPUT = "batch_output"  # made by us
     FINE_TUNE = "fine-tune"
     VISION = "vision"
     USER_DATA = "user_data"
@@ -71,9 +73,12 @@ class Uploads:
 
     async def add(self, tenant: str, source: BinaryIO, *, filename: str, content_type: str, purpose: Purpose) -> Upload:
         """Stores a file; raises INVALID_ARGUMENT for an empty one, UNAVAILABLE for a full disk."""
+        upload_id = f"file-{creation.new_id('file')}"
+        if creation.may_exist() and (existing := await self._store.get(tenant, upload_id)):
+            return existing
         stored = await self._files.save(source, NotEmpty("file"))
         row = FileRow(stored.file_id, tenant, stored.sha256, stored.size_bytes, content_type, filename)
-        upload = Upload(stored.file_id.replace("_", "-", 1), row, purpose, int(self._now() * 1000))
+        upload = Upload(upload_id, row, purpose, int(self._now() * 1000))
         try:
             await self._store.add(upload)
         except PlatformError as error:

@@ -1,0 +1,1 @@
+"""The gateway measured beside its peers, all in front of the same mock upstream."""
