@@ -25,6 +25,7 @@ class FakeGraph:
     def __init__(self, name, *events, fallbacks=(), first_token_s=None):
         self.name = name
         self.uses_generator = True
+        self.identity = None  # nothing is shared
         self.events = events
         self.fallbacks = Fallbacks(tuple(fallbacks), first_token_s)
         self.num_runs = self.num_closed = 0
