@@ -187,9 +187,18 @@ POLICY = {
     ],
     "budget": {"amount": 12.345678, "period": "month"},
     "priority": -3,
+    "weight": 2.5,
     "caches": True,
 }
-NO_POLICY = {"scopes": None, "models": None, "limits": [], "budget": None, "priority": 0, "caches": False}
+NO_POLICY = {
+    "scopes": None,
+    "models": None,
+    "limits": [],
+    "budget": None,
+    "priority": 0,
+    "weight": 1.0,
+    "caches": False,
+}
 
 
 async def test_a_key_is_read_and_changed_as_it_was_written(gateway):
@@ -246,6 +255,7 @@ async def test_money_is_kept_to_the_millionth(gateway, amount, micros):
         ({"policy": {"budget": {"amount": 1, "period": "week"}}}, "policy.budget.period"),
         ({"policy": {"priority": 101}}, "policy.priority"),
         ({"policy": {"priority": "high"}}, "policy.priority"),
+        ({"policy": {"weight": 0}}, "policy.weight"),
         ({"policy": {"caches": 1}}, "policy.caches"),
         ({"policy": {"colour": 1}}, "policy.colour"),
         ({"policy": []}, "policy"),
@@ -260,13 +270,12 @@ async def test_money_is_kept_to_the_millionth(gateway, amount, micros):
         ({"key": "chosen"}, "key"),
     ],
 )
-@pytest.mark.parametrize("method", ["POST", "PATCH"])
-async def test_a_bad_key_is_refused_with_the_field_and_nothing_is_written(gateway, body, param, method):
+async def test_a_bad_key_is_refused_with_the_field_and_nothing_is_written(gateway, body, param):
     key_id, _ = await gateway.key()
     before = await gateway.office.keys()
-    path = "/admin/keys" if method == "POST" else f"/admin/keys/{key_id}"
-    answer = await gateway.send(method, path, body=body)
-    assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(param), answer.text
+    for method, path in (("POST", "/admin/keys"), ("PATCH", f"/admin/keys/{key_id}")):
+        answer = await gateway.send(method, path, body=body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(param), answer.text
     assert await gateway.office.keys() == before
 
 

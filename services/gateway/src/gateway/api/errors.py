@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from chassis.errors import Code, PlatformError, http_status, openai_type
 
@@ -66,10 +67,12 @@ def error_headers(error: PlatformError) -> dict[str, str]:
     return headers
 
 
-def error_response(error: PlatformError) -> Response:
-    """The whole answer for an error."""
+def error_response(error: PlatformError, scope: Scope) -> Response:
+    """The whole answer for an error of the request with that scope."""
+    # Clients of the Open Inference Protocol read a text there.
+    content = {"error": error.message} if scope["path"].startswith("/v2/") else envelope(error)
     return Response(
-        orjson.dumps(envelope(error)),
+        orjson.dumps(content),
         status_code=http_status(error.code),
         headers=error_headers(error),
         media_type="application/json",
@@ -101,26 +104,25 @@ def install(app: FastAPI) -> None:
     async def platform_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, PlatformError)
         request.scope["state"]["error"] = exc  # for the account of the request
-        return error_response(exc)
+        return error_response(exc, request.scope)
 
-    async def bad_parameter(_: Request, exc: Exception) -> Response:
+    async def bad_parameter(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, RequestValidationError)
         first = exc.errors()[0]
         param = str(first["loc"][-1])
-        return error_response(
-            PlatformError(Code.INVALID_ARGUMENT, f"{param}: {first['msg']}", param=param, reason="invalid_value")
-        )
+        error = PlatformError(Code.INVALID_ARGUMENT, f"{param}: {first['msg']}", param=param, reason="invalid_value")
+        return error_response(error, request.scope)
 
     async def http_exception(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
-        response = error_response(from_http_exception(exc, request.method, request.url.path))
+        response = error_response(from_http_exception(exc, request.method, request.url.path), request.scope)
         for name, value in (exc.headers or {}).items():
             response.headers[name] = value
         return response
 
-    async def unexpected(_: Request, __: Exception) -> Response:
+    async def unexpected(request: Request, _: Exception) -> Response:
         # Starlette raises the exception again after this answer, and the outermost middleware logs it.
-        return error_response(internal_error())
+        return error_response(internal_error(), request.scope)
 
     app.add_exception_handler(PlatformError, platform_error)
     app.add_exception_handler(HTTPException, http_exception)

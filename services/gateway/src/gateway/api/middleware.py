@@ -22,7 +22,7 @@ from gateway.api import errors
 
 log = logging.getLogger(__name__)
 
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 CLIENT_LEFT = 499  # nginx's status for a client that closed the connection before the answer
 
 
@@ -40,7 +40,7 @@ class RequestFrame:
         state: dict[str, Any] = scope.setdefault("state", {})
         headers = Headers(scope=scope)
         offered = headers.get(HEADER_REQUEST_ID, "")
-        request_id = offered if _SANE_REQUEST_ID.fullmatch(offered) else context.new_request_id()
+        request_id = offered if SANE_REQUEST_ID.fullmatch(offered) else context.new_request_id()
         deadline_s = time.monotonic() + self._timeout_s
         state |= {"request_id": request_id, "deadline_s": deadline_s, "answer_headers": {}}
         parent = telemetry.parent_from({"traceparent": headers.get("traceparent", "")})
@@ -82,7 +82,7 @@ class _Exchange:
 
     async def _refuse(self, error: PlatformError) -> None:
         if not self._status:
-            await errors.error_response(error)(self._scope, self._receive, self._send)
+            await errors.error_response(error, self._scope)(self._scope, self._receive, self._send)
 
     async def _send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

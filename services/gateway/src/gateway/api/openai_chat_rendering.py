@@ -1,7 +1,7 @@
 """The answer of a chat as OpenAI's clients read it: chat.completion, and chat.completion.chunk in a stream."""
 
+import random
 import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -74,7 +74,7 @@ class ChatRendering:
         self._model = model
         self._logprobs = logprobs
         self._include_usage = include_usage
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._id = f"chatcmpl-{random.getrandbits(128):032x}"
         self._created = int(time.time())
         self._choices = [_Choice(has_tools) for _ in range(n)]
         self._fingerprint: str | None = None
