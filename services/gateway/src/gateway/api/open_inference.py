@@ -155,7 +155,6 @@ def _ask(sender: Sender, request: InferRequest, graph: Graph) -> tuple[Ask, _Tex
     check_outputs(request, _TEXT_OUTPUTS)
     prompts, parameters = _read(request, _PROMPTS)
     body = validate(parameters | {"model": request.model, "prompt": prompts}, CompletionBody)
-    body.refuse_what_is_missing()
     wanted = tuple(body.requests(sender.principal.tenant))
     sender.account.model = graph.name
     sender.account.prompt_text = "\n".join(prompts)
