@@ -9,7 +9,7 @@ from gateway.api.settlement import Recorder
 from gateway.core.account import Account
 
 INFERENCE_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
-_MODEL_ROUTE = re.compile(r"/v2/models/[^/]+(?:/versions/[^/]+)?/(infer|generate)")
+_MODEL_ROUTE = re.compile(r"/v2/models/[^/]+(?:/versions/[^/]+)?/(infer|generate|generate_stream)")
 
 
 def inference_route(path: str) -> str | None:

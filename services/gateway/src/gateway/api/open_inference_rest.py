@@ -1,7 +1,8 @@
 """The routes of /v2: the Open Inference Protocol over REST, with Triton's binary data and its generate extension."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import orjson
@@ -12,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from chassis.errors import Code, PlatformError
+from gateway.api import errors
 from gateway.api.identity import principal_of
 from gateway.api.inference import account_of, deadline_of, finished_before_client_left, json_response
 from gateway.api.json_body import Body, parse_json, validate
@@ -29,6 +31,7 @@ from gateway.core.open_inference import (
 from gateway.core.readiness import Readiness
 
 _MODEL = "/v2/models/{model}"
+_SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 _HEADER_LENGTH = "inference-header-content-length"
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -107,13 +110,20 @@ def open_inference_router(inference: OpenInference, readiness: Readiness) -> API
 
     async def generate(request: Request, model: str, version: str = "") -> Response:
         wanted = await _read_generate(request, model, version)
+        await inference.check_generates(principal_of(request), model)
         return _Answer(inference.infer(_sender(request), wanted), _generate_response)
+
+    async def generate_stream(request: Request, model: str, version: str = "") -> Response:
+        wanted = await _read_generate(request, model, version)
+        await inference.check_generates(principal_of(request), model)
+        return _Stream(inference.stream(_sender(request), wanted))
 
     for path in (_MODEL, _MODEL + "/versions/{version}"):
         router.add_api_route(path, model_metadata, methods=["GET"])
         router.add_api_route(path + "/ready", model_ready, methods=["GET"])
         router.add_api_route(path + "/infer", infer, methods=["POST"], response_model=None)
         router.add_api_route(path + "/generate", generate, methods=["POST"], response_model=None)
+        router.add_api_route(path + "/generate_stream", generate_stream, methods=["POST"], response_model=None)
     return router
 
 
@@ -135,6 +145,45 @@ class _Answer(Response):
 
         if not await finished_before_client_left(send_answer(), receive):
             scope["state"]["account"].finish_reason = "cancelled"
+
+
+class _Stream(Response):
+    """Sends answers as they come, as server-sent events; what fails after the first is a last one with `error`."""
+
+    def __init__(self, answers: AsyncGenerator[InferResponse]) -> None:
+        super().__init__()
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Works until everything was sent or the client left."""
+        if not await finished_before_client_left(self._send(scope, send), receive):
+            scope["state"]["account"].finish_reason = "cancelled"
+
+    async def _send(self, scope: Scope, send: Send) -> None:
+        has_begun, last = False, b""
+        try:
+            async with aclosing(self._answers) as answers:
+                async for answer in answers:
+                    if not has_begun:
+                        has_begun = True
+                        await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+                    await send({"type": "http.response.body", "body": _event(_generated(answer)), "more_body": True})
+        except PlatformError as error:
+            if not has_begun:
+                raise
+            scope["state"]["error"] = error
+            last = _event({"error": error.message})
+        except Exception as error:
+            if not has_begun:
+                raise
+            errors.log_unexpected(error)
+            scope["state"]["error"] = errors.internal_error()
+            last = _event({"error": errors.INTERNAL_MESSAGE})
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _event(content: Mapping[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(content) + b"\n\n"
 
 
 def _sender(request: Request) -> Sender:
@@ -264,8 +313,13 @@ def _infer_response(answer: InferResponse, body: _InferBody) -> Response:
 
 
 def _generate_response(answer: InferResponse) -> Response:
+    return json_response(_generated(answer))
+
+
+def _generated(answer: InferResponse) -> dict[str, Any]:
+    """What generate says of one text, or of a piece of it."""
     shown = {one.name: one.values[0].decode() for one in answer.outputs if isinstance(one.values[0], bytes)}
-    return json_response({"model_name": answer.model, "model_version": ONLY_VERSION, "id": answer.id} | shown)
+    return {"model_name": answer.model, "model_version": ONLY_VERSION, "id": answer.id} | shown
 
 
 def _kind_shape(kind: ModelKind) -> dict[str, Any]:
