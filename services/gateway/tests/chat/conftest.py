@@ -73,6 +73,7 @@ class FakeGenerator:
     context_length: int = CONTEXT_LENGTH
     version: str = "v1"
     script: str | None = None  # says this, three characters a token, and knows grammars
+    stop_match: str = ""  # what ended the script
     timeouts_s: list[float] = field(default_factory=list)
     next_errors: list[Exception] = field(default_factory=list)  # what the next calls fail with, at once
 
@@ -131,7 +132,7 @@ class FakeGenerator:
             for piece in pieces[:most]:
                 yield Delta(index, piece, 1, self._logprobs(call, piece))
         for index in range(call.n):
-            yield Finished(index, "length" if most < len(pieces) else "stop")
+            yield Finished(index, "length") if most < len(pieces) else Finished(index, "stop", self.stop_match)
         yield Done(Usage(len(words_of(call.prompt)), min(most, len(pieces)) * call.n, 0))
 
     @staticmethod

@@ -305,7 +305,7 @@ class TestRetrieverContract:
 
 async def test_every_field_of_a_generation_is_sent(wired):
     sampling = Sampling(0.5, 0.75, 3, 0.125, 0.25, -0.5, 1.5, {7: 2.0}, 9)
-    stopping = Stopping(2, 1, ("x",), True)
+    stopping = Stopping(2, 1, ("x",), True, (5,))
     asked = call(sampling=sampling, stopping=stopping, n=2, logprobs=1, prompt_logprobs=0, priority=-2)
     await collect(wired[0], asked)
     (sent,) = wired[3].requests
@@ -314,7 +314,7 @@ async def test_every_field_of_a_generation_is_sent(wired):
     assert (sent.sampling.presence_penalty, sent.sampling.repetition_penalty) == (-0.5, 1.5)
     assert dict(sent.sampling.logit_bias) == {7: 2.0} and sent.sampling.seed == 9
     assert (sent.stop.max_tokens, sent.stop.min_tokens, list(sent.stop.stop)) == (2, 1, ["x"])
-    assert sent.stop.ignore_eos and sent.n == 2 and sent.logprobs == 1
+    assert sent.stop.ignore_eos and list(sent.stop.stop_token_ids) == [5] and sent.n == 2 and sent.logprobs == 1
     assert sent.HasField("prompt_logprobs") and sent.cache_salt == sent.tenant == "acme"
     assert (sent.priority, sent.adapter) == (-2, "")
 

@@ -12,7 +12,6 @@ from gateway.api.http import Limits, make_app
 from gateway.api.http_admin_audit import audit_router
 from gateway.api.http_admin_keys import keys_router
 from gateway.api.http_admin_tenants import tenants_router
-from gateway.api.http_later import later_router
 from gateway.api.middleware_account import Recorder
 from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_audit import SqliteAudit
@@ -79,7 +78,7 @@ async def gateway(world, tmp_path):
         limiter=LocalLimiter(),
         recorder=Recorder(world.ledger),
         limits=Limits(timeout_s=30.0, max_body_bytes=64 * 1024, max_upload_bytes=1024 * 1024),
-        routers=(keys_router(office), tenants_router(office), audit_router(SqliteAudit(database)), later_router()),
+        routers=(keys_router(office), tenants_router(office), audit_router(SqliteAudit(database))),
     )
     made = Gateway(app, database, office, world.ledger)
     yield made
@@ -99,7 +98,7 @@ async def test_a_key_with_a_scope_may_use_its_routes_and_no_others(gateway, scop
     for name, (method, path, body) in ROUTES.items():
         answer = await gateway.send(method, path, key, body)
         if name == scope:
-            assert answer.status_code in (200, 501), answer.text
+            assert answer.status_code in (200, 404), answer.text  # not every route is there, but none is forbidden
         else:
             assert name in refused(answer, 403, "scope_missing")["message"]
     refused(await gateway.send("GET", "/v1/unheard-of", key), 403, "scope_missing")
@@ -273,9 +272,11 @@ async def test_money_is_kept_to_the_millionth(gateway, amount, micros):
 async def test_a_bad_key_is_refused_with_the_field_and_nothing_is_written(gateway, body, param):
     key_id, _ = await gateway.key()
     before = await gateway.office.keys()
+    expected = 409 if body == {"expires_at": 1} else 400  # nothing is wrong with the field itself: it comes too late
     for method, path in (("POST", "/admin/keys"), ("PATCH", f"/admin/keys/{key_id}")):
         answer = await gateway.send(method, path, body=body)
-        assert answer.status_code == 400 and answer.json()["error"]["param"].startswith(param), answer.text
+        assert answer.status_code == expected, answer.text
+        assert answer.json()["error"]["param"].startswith(param), answer.text
     assert await gateway.office.keys() == before
 
 

@@ -152,7 +152,7 @@ async def test_generate_stream_gives_pieces_and_an_encoder_has_no_text(gateway, 
     assert events[-1]["finish_reason"] == "stop"
     await gateway.accounted([(1, 0, 3, 2)], slice(3, 7))
     refused = await http.post(f"/v2/models/{ENCODER}/generate", json={"text_input": "x"})
-    assert (refused.status_code, "generate" in refused.json()["error"]) == (400, True)
+    assert (refused.status_code, "generate" in refused.json()["error"]) == (404, True)
 
 
 async def test_a_stream_that_breaks_off_says_so(gateway, http):

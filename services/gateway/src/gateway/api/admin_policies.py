@@ -5,9 +5,10 @@ from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, WithJsonSchema, field_validator
 
 from gateway.api.json_body import Body
+from gateway.api.openapi_schemas import COUNT, FLAG, NUMBER, TEXT, array, nullable, record
 from gateway.api.scopes import SCOPES
 from gateway.core.policy import Algorithm, Budget, Counted, Limit, Policy
 
@@ -21,6 +22,8 @@ _MAX_ABS_PRIORITY = 100
 # A model's name, in which * stands for anything.
 Pattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:/*-]{1,256}$")]
 Tenant = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+_Scope = Annotated[str, WithJsonSchema({"type": "string", "enum": list(SCOPES)})]
 
 
 class LimitBody(Body):
@@ -67,7 +70,7 @@ class PolicyBody(Body):
 
     model_config = ConfigDict(extra="forbid")
 
-    scopes: Annotated[list[str], Field(max_length=len(SCOPES))] | None = None
+    scopes: Annotated[list[_Scope], Field(max_length=len(SCOPES))] | None = None
     models: Annotated[list[Pattern], Field(max_length=256)] | None = None
     limits: Annotated[list[LimitBody], Field(max_length=32)] | None = None
     budget: BudgetBody | None = None
@@ -90,6 +93,28 @@ class PolicyBody(Body):
         for name in self.model_fields_set:
             said[name] = _READ[name](getattr(self, name))
         return replace(before, **said)
+
+
+POLICY = record(
+    {
+        "scopes": nullable(array(TEXT)),
+        "models": nullable(array(TEXT)),
+        "limits": array(
+            record(
+                {
+                    "counted": TEXT,
+                    "amount": COUNT,
+                    "window_s": NUMBER,
+                    "algorithm": TEXT,
+                    "model": nullable(TEXT),
+                }
+            )
+        ),
+        "budget": nullable(record({"amount": NUMBER, "period": TEXT})),
+        "priority": {"type": "integer"},
+        "caches": FLAG,
+    }
+)
 
 
 def policy_of(body: PolicyBody | None) -> Policy:

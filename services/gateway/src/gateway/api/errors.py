@@ -1,22 +1,26 @@
-"""OpenAI's error envelope: the one place where an exception becomes an HTTP answer.
+"""The error envelopes: the one place where an exception becomes an HTTP answer.
+
+OpenAI's envelope is the platform's; a client of another API gets that API's own.
 
 Routes raise PlatformError and never build an error by hand.
 """
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 import orjson
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
 from chassis.errors import Code, PlatformError, http_status, openai_type
+from gateway.api import anthropic_errors, open_inference_errors
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +73,12 @@ def error_headers(error: PlatformError) -> dict[str, str]:
 
 def error_response(error: PlatformError, scope: Scope) -> Response:
     """The whole answer for an error of the request with that scope."""
-    # Clients of the Open Inference Protocol read a text there.
-    content = {"error": error.message} if scope["path"].startswith("/v2/") else envelope(error)
+    if anthropic_errors.is_spoken(scope):
+        content = anthropic_errors.envelope(error, scope["state"]["request_id"])
+    elif open_inference_errors.is_spoken(scope["path"]):
+        content = open_inference_errors.envelope(error)
+    else:
+        content = envelope(error)
     return Response(
         orjson.dumps(content),
         status_code=http_status(error.code),
@@ -98,8 +106,8 @@ def from_http_exception(error: HTTPException, method: str, path: str) -> Platfor
     return internal_error()
 
 
-def install(app: FastAPI) -> None:
-    """Makes every error of the routes leave in the envelope."""
+def install(app: FastAPI, routes: Sequence[APIRoute] = ()) -> None:
+    """Makes every error of the routes leave in the envelope; 405 tells the methods that `routes` have for a path."""
 
     async def platform_error(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, PlatformError)
@@ -116,8 +124,8 @@ def install(app: FastAPI) -> None:
     async def http_exception(request: Request, exc: Exception) -> Response:
         assert isinstance(exc, HTTPException)
         response = error_response(from_http_exception(exc, request.method, request.url.path), request.scope)
-        for name, value in (exc.headers or {}).items():
-            response.headers[name] = value
+        if allowed := exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED and _allowed(routes, request.url.path):
+            response.headers["allow"] = ", ".join(sorted(allowed))
         return response
 
     async def unexpected(request: Request, _: Exception) -> Response:
@@ -128,6 +136,11 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, http_exception)
     app.add_exception_handler(RequestValidationError, bad_parameter)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _allowed(routes: Sequence[APIRoute], path: str) -> set[str]:
+    """Every method of a path: the router itself tells those of the first route that it finds."""
+    return {method for route in routes if route.path_regex.match(path) for method in route.methods or ()}
 
 
 def log_unexpected(error: Exception) -> None:

@@ -4,10 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from fastapi.telemetry import TelemetryConfig
 from starlette.types import ASGIApp
 
-from gateway.api import errors
+from gateway.api import errors, openapi
+from gateway.api.anthropic_messages import messages_router
 from gateway.api.http_health import health_router
 from gateway.api.in_process import InProcess
 from gateway.api.middleware import RequestFrame
@@ -19,7 +21,10 @@ from gateway.api.openai_chat import chat_router
 from gateway.api.openai_completions import completions_router
 from gateway.api.openai_embeddings import embeddings_router
 from gateway.api.openai_models import models_router
+from gateway.api.openai_responses import responses_router
+from gateway.api.rerank import rerank_router
 from gateway.api.settlement import Recorder
+from gateway.api.vllm_generate import generate_router
 from gateway.core.catalog import Catalog
 from gateway.core.idempotency import IdempotencyKeys
 from gateway.core.ports import Keys, RequestLimiter
@@ -56,16 +61,23 @@ def make_app(
     # FastAPI's own spans take the client's headers for their parent and would begin a second trace beside the frame's.
     no_telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
     routes = FastAPI(title="Pressroom", docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=no_telemetry)
-    errors.install(routes)
-    for router in (
+    all_routers = (
         chat_router(serving),
         completions_router(serving),
         embeddings_router(embedder, serving),
         models_router(catalog),
+        messages_router(serving),
+        responses_router(serving),
+        generate_router(serving, catalog),
+        rerank_router(embedder, serving),
         health_router(),
         *routers,
-    ):
+    )
+    for router in all_routers:
         routes.include_router(router)
+    api_routes = [route for router in all_routers for route in router.routes if isinstance(route, APIRoute)]
+    errors.install(routes, api_routes)
+    openapi.install(routes, api_routes)
     # From the outside in: the frame, the key, the account, the limit, the scopes, the wishes, the size, what was
     # answered before, the routes.
     once = Idempotency(routes, keys=idempotency) if idempotency else routes

@@ -6,16 +6,33 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from gateway.api.identity import require_admin
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import COUNT, FLAG, TEXT, nullable, page, record
 from gateway.core.audit import START, AuditFilter, AuditLog, AuditRow, read_anchor
 
+Anchored = Annotated[str | None, Query(json_schema_extra={"pattern": "^[0-9]{1,18}:[0-9a-f]{64}$"})]
 Filter = Annotated[str | None, Query(max_length=128)]
+
+_CHANGE = record(
+    {
+        "sequence": COUNT,
+        "at_unix_ms": COUNT,
+        "actor": TEXT,
+        "action": TEXT,
+        "subject": TEXT,
+        "details": {},
+        "previous_hash": TEXT,
+        "hash": TEXT,
+    }
+)
 
 
 def audit_router(log: AuditLog) -> APIRouter:
     """Makes GET /admin/audit and GET /admin/audit/verify."""
     router = APIRouter()
 
-    @router.get("/admin/audit")
+    @router.get("/admin/audit", response_model=None)
+    @documented(page(_CHANGE))
     async def list_changes(
         request: Request,
         actor: Filter = None,
@@ -29,11 +46,12 @@ def audit_router(log: AuditLog) -> APIRouter:
         found = await log.newest(AuditFilter(actor, action, subject), limit=limit + 1, before=before)
         return {"object": "list", "data": [shape(row) for row in found[:limit]], "has_more": len(found) > limit}
 
-    @router.get("/admin/audit/verify")
-    async def verify(request: Request, anchor: Annotated[str | None, Query(max_length=100)] = None) -> dict[str, Any]:
+    @router.get("/admin/audit/verify", response_model=None)
+    @documented(record({"ok": FLAG, "broken_at": nullable(COUNT), "problem": nullable(TEXT), "anchor": TEXT}))
+    async def verify(request: Request, anchor: Anchored = None) -> dict[str, Any]:
         """Walks the chain; with the anchor of an earlier day it also finds a chain that was cut or written anew."""
         require_admin(request)
-        chain = await log.verify(read_anchor(anchor) if anchor else START)
+        chain = await log.verify(read_anchor(anchor) if anchor is not None else START)
         return {
             "ok": chain.broken_at is None,
             "broken_at": chain.broken_at,

@@ -9,9 +9,11 @@ from pydantic import ConfigDict, Field
 
 from chassis.errors import Code, PlatformError
 from contracts.names import DEFAULT_TENANT
-from gateway.api.admin_policies import PolicyBody, Tenant, policy_of, policy_shape
+from gateway.api.admin_policies import POLICY, PolicyBody, Tenant, policy_of, policy_shape
 from gateway.api.identity import require_admin
 from gateway.api.json_body import Body, read_json
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import ANY_OBJECT, COUNT, FLAG, TEXT, TIME, array, nullable, one_of, record
 from gateway.core.administration import Administration, NewKey
 from gateway.core.keys import KeyRow
 
@@ -54,11 +56,29 @@ class RotationBody(Body):
     overlap_s: Annotated[int, Field(ge=0, le=_MAX_OVERLAP_S)] | None = None
 
 
+_KEY = record(
+    {
+        "id": TEXT,
+        "tenant": TEXT,
+        "rpm": nullable(COUNT),
+        "is_admin": FLAG,
+        "name": TEXT,
+        "metadata": ANY_OBJECT,
+        "created_at": TIME,
+        "expires_at": nullable(TIME),
+        "revoked_at": nullable(TIME),
+        "former_secret_until": nullable(TIME),
+        "policy": POLICY,
+    }
+)
+
+
 def keys_router(administration: Administration) -> APIRouter:
     """Makes the routes."""
     router = APIRouter()
 
-    @router.post("/admin/keys")
+    @router.post("/admin/keys", response_model=None)
+    @documented(record({"id": TEXT, "key": TEXT}), body=NewKeyBody)
     async def create_key(request: Request) -> dict[str, Any]:
         actor = require_admin(request).key_id
         body = await read_json(request, NewKeyBody)
@@ -75,24 +95,30 @@ def keys_router(administration: Administration) -> APIRouter:
         key_id, key = await administration.create_key(actor, wanted)
         return {"id": key_id, "key": key}
 
-    @router.get("/admin/keys")
+    @router.get("/admin/keys", response_model=None)
+    @documented(record({"object": one_of("list"), "data": array(_KEY)}))
     async def list_keys(request: Request) -> dict[str, Any]:
         require_admin(request)
         return {"object": "list", "data": [key_shape(row) for row in await administration.keys()]}
 
-    @router.get("/admin/keys/{key_id}")
+    @router.get("/admin/keys/{key_id}", response_model=None)
+    @documented(_KEY)
     async def get_key(request: Request, key_id: str) -> dict[str, Any]:
         require_admin(request)
         return key_shape(await administration.key(key_id))
 
-    @router.patch("/admin/keys/{key_id}")
+    @router.patch("/admin/keys/{key_id}", response_model=None)
+    @documented(_KEY, body=KeyBody)
     async def change_key(request: Request, key_id: str) -> dict[str, Any]:
         actor = require_admin(request).key_id
         body = await read_json(request, KeyBody)
         _check_expiry(body.expires_at)
         return key_shape(await administration.change_key(actor, key_id, lambda row: _changed(row, body)))
 
-    @router.post("/admin/keys/{key_id}/rotate")
+    @router.post("/admin/keys/{key_id}/rotate", response_model=None)
+    @documented(
+        record({"id": TEXT, "key": TEXT, "former_secret_until": nullable(TIME)}), body=RotationBody, needs_body=False
+    )
     async def rotate_key(request: Request, key_id: str) -> dict[str, Any]:
         actor = require_admin(request).key_id
         body = await read_json(request, RotationBody) if await request.body() else RotationBody()
@@ -100,7 +126,8 @@ def keys_router(administration: Administration) -> APIRouter:
         key, row = await administration.rotate_key(actor, key_id, overlap_s=overlap_s)
         return {"id": key_id, "key": key, "former_secret_until": row.former_until_unix_s}
 
-    @router.delete("/admin/keys/{key_id}")
+    @router.delete("/admin/keys/{key_id}", response_model=None)
+    @documented(record({"id": TEXT, "revoked": FLAG}))
     async def revoke_key(request: Request, key_id: str) -> dict[str, Any]:
         await administration.revoke_key(require_admin(request).key_id, key_id)
         return {"id": key_id, "revoked": True}
@@ -147,7 +174,7 @@ def _changed(row: KeyRow, body: KeyBody) -> KeyRow:
 def _check_expiry(expires_unix_s: int | None) -> None:
     if expires_unix_s is not None and expires_unix_s <= time.time():
         raise PlatformError(
-            Code.INVALID_ARGUMENT,
+            Code.FAILED_PRECONDITION,
             "expires_at: must be a Unix time in seconds that is still to come; to end a key now, DELETE it",
             param="expires_at",
         )

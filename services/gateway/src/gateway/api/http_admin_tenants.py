@@ -8,9 +8,11 @@ from fastapi import APIRouter, Path, Request
 from pydantic import ConfigDict
 
 from chassis.errors import Code, PlatformError
-from gateway.api.admin_policies import PolicyBody, policy_of, policy_shape
+from gateway.api.admin_policies import POLICY, PolicyBody, policy_of, policy_shape
 from gateway.api.identity import require_admin
 from gateway.api.json_body import Body, read_json
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import FLAG, TEXT, TIME, array, nullable, one_of, record
 from gateway.core.administration import Administration
 from gateway.core.keys import TenantRow
 from gateway.core.ports import Principal
@@ -28,21 +30,29 @@ class TenantBody(Body):
     policy: PolicyBody | None = None
 
 
+_TENANT = record(
+    {"tenant": TEXT, "allows_text": FLAG, "disabled": FLAG, "disabled_at": nullable(TIME), "policy": POLICY}
+)
+
+
 def tenants_router(administration: Administration) -> APIRouter:
     """Makes the routes."""
     router = APIRouter()
 
-    @router.get("/admin/tenants")
+    @router.get("/admin/tenants", response_model=None)
+    @documented(record({"object": one_of("list"), "data": array(_TENANT)}))
     async def list_tenants(request: Request) -> dict[str, Any]:
         require_admin(request)
         return {"object": "list", "data": [_shape(row) for row in await administration.tenants()]}
 
-    @router.get("/admin/tenants/{tenant}")
+    @router.get("/admin/tenants/{tenant}", response_model=None)
+    @documented(_TENANT)
     async def get_tenant(request: Request, tenant: TenantPath) -> dict[str, Any]:
         require_admin(request)
         return _shape(await administration.tenant(tenant))
 
-    @router.put("/admin/tenants/{tenant}")
+    @router.put("/admin/tenants/{tenant}", response_model=None)
+    @documented(_TENANT, body=TenantBody)
     async def put_tenant(request: Request, tenant: TenantPath) -> dict[str, Any]:
         """Makes the tenant, or makes it exactly what the body says."""
         sender = require_admin(request)
@@ -51,7 +61,8 @@ def tenants_router(administration: Administration) -> APIRouter:
         wanted = TenantRow(tenant, bool(body.allows_text), policy_of(body.policy), _disabled(body, None))
         return _shape(await administration.put_tenant(sender.key_id, wanted))
 
-    @router.patch("/admin/tenants/{tenant}")
+    @router.patch("/admin/tenants/{tenant}", response_model=None)
+    @documented(_TENANT, body=TenantBody)
     async def change_tenant(request: Request, tenant: TenantPath) -> dict[str, Any]:
         """Changes what the body says."""
         sender = require_admin(request)

@@ -5,7 +5,7 @@ import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, WithJsonSchema
 from starlette.datastructures import FormData
 
 from chassis.errors import Code, PlatformError
@@ -13,7 +13,24 @@ from gateway.api.http_search import Collection, MetadataKey, MetadataValue
 from gateway.api.identity import principal_of
 from gateway.api.json_body import Body, parse_json, read_json, validate
 from gateway.api.multipart import fields_of, file_of, read_form
-from gateway.core.content import TEXT, media_type_of
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import (
+    ANY_OBJECT,
+    COUNT,
+    FLAG,
+    TEXT,
+    TEXT_FILE,
+    TEXT_PATTERN,
+    TIME,
+    Schema,
+    form,
+    nullable,
+    one_of,
+    page,
+    record,
+)
+from gateway.core.content import HTML, MARKDOWN, media_type_of
+from gateway.core.content import TEXT as PLAIN_TEXT
 from gateway.core.documents import DEFAULT_COLLECTION, Description, Document, Indexed, Library
 from gateway.core.jobs import JobStatus
 
@@ -24,6 +41,11 @@ _FORM_FIELDS = ("title", "external_id", "collection", "metadata", "content_type"
 _Line = Annotated[str, Field(max_length=512, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
+# Those that any text is good for; a PDF or a JSONL file must be one.
+_TEXTS = (PLAIN_TEXT, MARKDOWN, HTML)
+_CONTENT_TYPE = {"type": "string", "enum": list(_TEXTS)}
+
+
 class _Described(Body):
     """What a client may say of a document."""
 
@@ -32,7 +54,7 @@ class _Described(Body):
     title: _Line | None = None
     external_id: _Line | None = None
     collection: Collection | None = None
-    content_type: Annotated[str, Field(max_length=200)] | None = None
+    content_type: Annotated[str, Field(max_length=200), WithJsonSchema(_CONTENT_TYPE)] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=64)] | None = None
 
     def description(self, content_type: str, filename: str) -> Description:
@@ -50,29 +72,59 @@ class _Described(Body):
         )
 
 
-class _TextBody(_Described):
+class TextBody(_Described):
     """A document as JSON."""
 
-    text: str
+    text: Annotated[str, WithJsonSchema({"type": "string", "pattern": TEXT_PATTERN})]
+
+
+DOCUMENT = record(
+    {
+        "document_id": TEXT,
+        "object": one_of("document"),
+        "external_id": nullable(TEXT),
+        "title": TEXT,
+        "collection": TEXT,
+        "status": TEXT,
+        "job_id": nullable(TEXT),
+        "filename": nullable(TEXT),
+        "content_type": nullable(TEXT),
+        "size_bytes": nullable(COUNT),
+        "metadata": ANY_OBJECT,
+        "created_at": TIME,
+    }
+)
+_LINE_SCHEMA: Schema = {"type": "string", "maxLength": 512, "pattern": r"^[^\u0000-\u001f\u007f]*$"}
+_FORM_SCHEMAS: dict[str, Schema] = {
+    "title": _LINE_SCHEMA,
+    "external_id": _LINE_SCHEMA,
+    "collection": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"},
+    "metadata": {"type": "object", "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,63}$"}, "maxProperties": 64}
+    | {"additionalProperties": {"type": ["string", "boolean"], "maxLength": 1024}},
+    "content_type": _CONTENT_TYPE,
+}
+_FORM = form({"file": TEXT_FILE}, _FORM_SCHEMAS)
 
 
 def documents_router(library: Library, *, max_upload_bytes: int) -> APIRouter:
     """Makes POST and GET /v1/documents, GET and DELETE /v1/documents/{id}."""
     router = APIRouter()
 
-    @router.post("/v1/documents", status_code=202)
+    @router.post("/v1/documents", status_code=202, response_model=None)
+    @documented(record({"job_id": TEXT, "document_id": TEXT}), body=TextBody, form=_FORM, file_types=_TEXTS, status=202)
     async def submit_document(request: Request) -> dict[str, Any]:
         tenant = principal_of(request).tenant
         media_type = request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
         if media_type == "multipart/form-data":
             document = await _submit_form(request, tenant, library, max_upload_bytes)
         else:
-            body = await read_json(request, _TextBody)
+            body = await read_json(request, TextBody)
             description = body.description(_declared(body.content_type), "")
             document = await library.submit(tenant, io.BytesIO(body.text.encode()), description, param="text")
         return {"job_id": document.job_id, "document_id": document.document_id}
 
-    @router.get("/v1/documents")
+    @router.get("/v1/documents", response_model=None)
+    @documented(page(DOCUMENT))
     async def list_documents(
         request: Request,
         collection: Annotated[str | None, Query(max_length=64)] = None,
@@ -84,7 +136,8 @@ def documents_router(library: Library, *, max_upload_bytes: int) -> APIRouter:
         data = [_document_shape(document) for document in found[:limit]]
         return {"object": "list", "data": data, "has_more": len(found) > limit}
 
-    @router.get("/v1/documents/{document_id}")
+    @router.get("/v1/documents/{document_id}", response_model=None)
+    @documented(record(DOCUMENT["properties"] | {"num_chunks": COUNT}))
     async def get_document(request: Request, document_id: str) -> dict[str, Any]:
         document, indexed = await library.get(principal_of(request).tenant, document_id)
         num_chunks = indexed.num_chunks if indexed else 0
@@ -94,7 +147,8 @@ def documents_router(library: Library, *, max_upload_bytes: int) -> APIRouter:
         assert indexed is not None
         return {**_indexed_shape(indexed), "num_chunks": num_chunks}
 
-    @router.delete("/v1/documents/{document_id}")
+    @router.delete("/v1/documents/{document_id}", response_model=None)
+    @documented(record({"document_id": TEXT, "object": one_of("document"), "deleted": FLAG, "num_chunks": COUNT}))
     async def delete_document(request: Request, document_id: str) -> dict[str, Any]:
         num_chunks = await library.delete(principal_of(request).tenant, document_id)
         return {"document_id": document_id, "object": "document", "deleted": True, "num_chunks": num_chunks}
@@ -131,7 +185,7 @@ def _described(form: FormData) -> _Described:
 
 def _declared(content_type: str | None, filename: str | None = None) -> str:
     try:
-        return media_type_of(content_type or TEXT, filename)
+        return media_type_of(content_type or PLAIN_TEXT, filename)
     except PlatformError as error:
         raise PlatformError(error.code, error.message, param="content_type") from None
 

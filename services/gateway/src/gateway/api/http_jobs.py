@@ -6,14 +6,29 @@ from fastapi import APIRouter, Query, Request
 
 from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import ANY_OBJECT, COUNT, TEXT, nullable, one_of, page, record
 from gateway.core.jobs import Canceller, Job, JobStatus, JobStore
+
+JOB = record(
+    {
+        "id": TEXT,
+        "object": one_of("job"),
+        "type": TEXT,
+        "status": one_of(*JobStatus),
+        "progress": record({"done": COUNT, "total": COUNT}),
+        "error": nullable(TEXT),
+        "result": nullable(ANY_OBJECT),
+    }
+)
 
 
 def jobs_router(jobs: JobStore, canceller: Canceller) -> APIRouter:
     """Makes GET /v1/jobs, GET /v1/jobs/{id} and POST /v1/jobs/{id}/cancel."""
     router = APIRouter()
 
-    @router.get("/v1/jobs")
+    @router.get("/v1/jobs", response_model=None)
+    @documented(page(JOB))
     async def list_jobs(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -22,14 +37,16 @@ def jobs_router(jobs: JobStore, canceller: Canceller) -> APIRouter:
         found = await jobs.newest(principal_of(request).tenant, limit=limit + 1, after=after)
         return {"object": "list", "data": [job_shape(job) for job in found[:limit]], "has_more": len(found) > limit}
 
-    @router.get("/v1/jobs/{job_id}")
+    @router.get("/v1/jobs/{job_id}", response_model=None)
+    @documented(JOB)
     async def get_job(request: Request, job_id: str) -> dict[str, Any]:
         job = await jobs.get(principal_of(request).tenant, job_id)
         if job is None:
             raise _unknown()
         return job_shape(job)
 
-    @router.post("/v1/jobs/{job_id}/cancel")
+    @router.post("/v1/jobs/{job_id}/cancel", response_model=None)
+    @documented(JOB)
     async def cancel_job(request: Request, job_id: str) -> dict[str, Any]:
         return job_shape(await cancel(jobs, canceller, principal_of(request).tenant, job_id))
 

@@ -9,15 +9,39 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from gateway.api.identity import principal_of
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import ANY_OBJECT, COUNT, NUMBER, TEXT, array, one_of, record
 from gateway.core.finetuning import TunedModels
 from gateway.core.monitoring import Profile, Profiles
+
+_PROFILES = record(
+    {
+        "object": one_of("list"),
+        "data": array(
+            record(
+                {
+                    "model": TEXT,
+                    "window_start": NUMBER,
+                    "window_s": NUMBER,
+                    "num_records": COUNT,
+                    "statistics": ANY_OBJECT,
+                }
+            )
+        ),
+        "sample_rate": NUMBER,
+        "num_waiting": COUNT,
+        "lag_s": NUMBER,
+        "num_dropped": COUNT,
+    }
+)
 
 
 def monitor_router(profiles: Profiles, tuned: TunedModels) -> APIRouter:
     """Makes GET /v1/monitor/profiles."""
     router = APIRouter()
 
-    @router.get("/v1/monitor/profiles")
+    @router.get("/v1/monitor/profiles", response_model=None)
+    @documented(_PROFILES)
     async def get_profiles(
         request: Request,
         model: Annotated[str | None, Query(max_length=200)] = None,

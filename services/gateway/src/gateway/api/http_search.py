@@ -9,6 +9,8 @@ from pydantic import AfterValidator, ConfigDict, Field
 from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
 from gateway.api.json_body import Body, read_json
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import NUMBER, TEXT, array, nullable, record
 from gateway.core.documents import DEFAULT_COLLECTION
 from gateway.core.search import Condition, Hit, Mode, Operator, Question, Scalar, Searcher
 
@@ -66,11 +68,24 @@ class SearchBody(Body):
     group_by: Literal["document"] | None = None
 
 
+_HIT = record(
+    {
+        "document_id": TEXT,
+        "external_id": nullable(TEXT),
+        "chunk_id": TEXT,
+        "title": TEXT,
+        "text": TEXT,
+        "score": NUMBER,
+    }
+)
+
+
 def search_router(searcher: Searcher) -> APIRouter:
     """Makes POST /v1/search."""
     router = APIRouter()
 
-    @router.post("/v1/search")
+    @router.post("/v1/search", response_model=None)
+    @documented(record({"hits": array(_HIT)}), body=SearchBody)
     async def search(request: Request) -> dict[str, Any]:
         body = await read_json(request, SearchBody)
         if not body.query.strip():

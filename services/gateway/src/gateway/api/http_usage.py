@@ -1,6 +1,7 @@
 """What was used and what it cost: /admin/usage, /admin/usage/rows, /admin/prices, and GET /v1/usage for a key's own."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, date, datetime
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Query, Request
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from starlette.responses import Response, StreamingResponse
 
 from chassis.errors import Code, PlatformError
@@ -16,18 +17,36 @@ from gateway.api.csv_stream import csv_page
 from gateway.api.identity import principal_of, require_admin
 from gateway.api.inference import json_response
 from gateway.api.json_body import Body, read_json
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import COUNT, NUMBER, TEXT, array, one_of, record
 from gateway.core.money import Price, PriceEntry, PriceList
 from gateway.core.usage_reports import FIGURES, MAX_GROUPS, ROW, TOTALS, Group, Selection, UsageReports
 
 _PAGE_ROWS = 2_000  # some 10 ms to read and to write, in threads; between two pages others have their turn
 _THREAD_FROM_SUMS = 2_000  # more take over 5 ms to write and would hold up the event loop
 _CSV = "text/csv; charset=utf-8; header=present"
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
 _EPOCH = date(1970, 1, 1)
 _MOST_MICROS = 10**15
 
 Micros = Annotated[int, Field(ge=0, le=_MOST_MICROS)]
 Filter = Annotated[str | None, Query(max_length=256)]
-Day = Annotated[date | None, Query()]
+
+
+def _written_as_a_day(value: str) -> str:
+    if not _DAY.fullmatch(value):
+        raise ValueError("must be a day, written as 2026-01-31")
+    return value
+
+
+Day = Annotated[date, BeforeValidator(_written_as_a_day)]
+
+
+def _groups_schema(*groups: str) -> dict[str, Any]:
+    one = f"({'|'.join(groups)})"
+    return {"pattern": f"^({one}(,{one})*)?$"}
+
+
 Format = Annotated[Literal["json", "csv"], Query()]
 
 
@@ -43,19 +62,32 @@ class NewPrice(Body):
     effective_from: Annotated[int, Field(ge=0, le=253_402_300_799)] | None = None  # Unix seconds; default: now
 
 
+_SUMS = record({"object": one_of("list"), "data": array(record(dict.fromkeys(FIGURES, COUNT)))})
+_PRICE = record(
+    {
+        "model": TEXT,
+        "input_micros": COUNT,
+        "cached_input_micros": COUNT,
+        "output_micros": COUNT,
+        "effective_from": NUMBER,
+    }
+)
+
+
 def usage_router(usage: UsageReports, prices: PriceList) -> APIRouter:
     """The routes."""
     router = APIRouter()
 
-    @router.get("/admin/usage")
+    @router.get("/admin/usage", response_model=None)
+    @documented(_SUMS, stream="text/csv")
     async def sums(
         request: Request,
-        group_by: Annotated[str, Query(max_length=64)] = "",
+        group_by: Annotated[str, Query(max_length=64, json_schema_extra=_groups_schema(*Group))] = "",
         tenant: Filter = None,
         key: Filter = None,
         model: Filter = None,
-        first: Annotated[date | None, Query(alias="from")] = None,
-        last: Annotated[date | None, Query(alias="to")] = None,
+        first: Annotated[Day | None, Query(alias="from")] = None,
+        last: Annotated[Day | None, Query(alias="to")] = None,
         wanted: Annotated[Literal["json", "csv"], Query(alias="format")] = "json",
     ) -> Response:
         """Sums by tenant, key and model, or as group_by says."""
@@ -63,27 +95,29 @@ def usage_router(usage: UsageReports, prices: PriceList) -> APIRouter:
         groups = _groups(group_by, Group) or TOTALS
         return await _sums(usage, groups, _selection(tenant, key, model, first, last), wanted)
 
-    @router.get("/admin/usage/rows")
+    @router.get("/admin/usage/rows", response_model=None)
+    @documented(media_type="text/csv")
     async def rows(
         request: Request,
         tenant: Filter = None,
         key: Filter = None,
         model: Filter = None,
-        first: Annotated[date | None, Query(alias="from")] = None,
-        last: Annotated[date | None, Query(alias="to")] = None,
+        first: Annotated[Day | None, Query(alias="from")] = None,
+        last: Annotated[Day | None, Query(alias="to")] = None,
     ) -> Response:
         """Every request as a line of CSV."""
         require_admin(request)
         lines = _row_pages(usage, _selection(tenant, key, model, first, last))
         return StreamingResponse(lines, media_type=_CSV, headers=_attachment("usage-rows"))
 
-    @router.get("/v1/usage")
+    @router.get("/v1/usage", response_model=None)
+    @documented(_SUMS, stream="text/csv")
     async def own(
         request: Request,
-        group_by: Annotated[str, Query(max_length=64)] = "",
+        group_by: Annotated[str, Query(max_length=64, json_schema_extra=_groups_schema("day", "model"))] = "",
         model: Filter = None,
-        first: Annotated[date | None, Query(alias="from")] = None,
-        last: Annotated[date | None, Query(alias="to")] = None,
+        first: Annotated[Day | None, Query(alias="from")] = None,
+        last: Annotated[Day | None, Query(alias="to")] = None,
         wanted: Annotated[Literal["json", "csv"], Query(alias="format")] = "json",
     ) -> Response:
         """What the sender's own key used, by model or as group_by says: day, model or both."""
@@ -92,12 +126,14 @@ def usage_router(usage: UsageReports, prices: PriceList) -> APIRouter:
         selection = _selection(principal.tenant, principal.key_id, model, first, last)
         return await _sums(usage, groups, selection, wanted)
 
-    @router.get("/admin/prices")
+    @router.get("/admin/prices", response_model=None)
+    @documented(record({"object": one_of("list"), "data": array(_PRICE)}))
     async def list_prices(request: Request) -> dict[str, Any]:
         require_admin(request)
         return {"object": "list", "data": [_price_shape(entry) for entry in await prices.all()]}
 
-    @router.put("/admin/prices")
+    @router.put("/admin/prices", response_model=None)
+    @documented(_PRICE, body=NewPrice)
     async def put_price(request: Request) -> dict[str, Any]:
         actor = require_admin(request).key_id
         body = await read_json(request, NewPrice)

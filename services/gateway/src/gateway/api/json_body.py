@@ -4,7 +4,8 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,13 +16,20 @@ from chassis.errors import Code, PlatformError
 MAX_DEPTH = 64
 _THREAD_FROM_BYTES = 128 * 1024  # larger bodies take over 5 ms to check and would hold up the event loop
 
+_MAX_WHOLE = 2**53  # beyond it a float is not the number that was written
+
 M = TypeVar("M", bound=BaseModel)
 
 
 class Body(BaseModel):
-    """Base of request bodies: no coercion between types; fields that we do not know are tolerated, as OpenAI does."""
+    """Base of request bodies: no coercion between types; fields that we do not know are tolerated, as OpenAI does.
+
+    `refused` are known fields that would change the answer and are not supported, each with what to do instead.
+    """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    refused_code: ClassVar[Code] = Code.UNIMPLEMENTED
 
 
 class _Refused(ValueError):
@@ -98,13 +106,57 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> None:
 
 
 def validate(value: Mapping[str, Any], model: type[M]) -> M:
-    """Checks the shape; raises INVALID_ARGUMENT that names the first field at fault."""
+    """Checks the shape; raises INVALID_ARGUMENT that names the first field at fault, or what a refused field does."""
     try:
-        return model.model_validate(value)
+        checked = _checked(value, model)
     except ValidationError as error:
         raise _named(error, value) from None
     except RecursionError:
         raise PlatformError(Code.INVALID_ARGUMENT, "the body is nested too deep", reason="invalid_value") from None
+    if isinstance(checked, Body):
+        _refuse(value, checked)
+    return checked
+
+
+def _checked(value: Mapping[str, Any], model: type[M]) -> M:
+    """Takes 3.0 for a whole number, which it is in JSON: some languages have no other way to write one."""
+    while True:
+        try:
+            return model.model_validate(value)
+        except ValidationError as error:
+            faults = error.errors(include_url=False, include_context=False)
+            places = [fault["loc"] for fault in faults if _is_whole(fault["input"])]
+            if not places:
+                raise
+            for place in places:
+                _make_whole(value, place)
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, float) and number.is_integer() and abs(number) <= _MAX_WHOLE
+
+
+def _make_whole(value: Any, place: Sequence[int | str]) -> None:
+    holder, at = None, None
+    for step in place:  # a name of a union's member is no place in the value
+        is_place = (isinstance(value, dict) and step in value) or (
+            isinstance(value, list) and isinstance(step, int) and step < len(value)
+        )
+        if is_place:
+            holder, at, value = value, step, value[step]
+    if holder is not None and _is_whole(value):
+        holder[at] = int(value)
+
+
+def invalid(param: str, message: str) -> PlatformError:
+    """The error for fields that do not fit together, in the words of those that a single field gets."""
+    return PlatformError(Code.INVALID_ARGUMENT, f"{param}: {message}", param=param, reason="invalid_value")
+
+
+def _refuse(value: Mapping[str, Any], body: Body) -> None:
+    for name, instead in body.refused.items():
+        if value.get(name):  # null, false, 0 and what is empty ask for nothing
+            raise PlatformError(body.refused_code, f"{name} is not supported: {instead}", param=name)
 
 
 def _named(error: ValidationError, value: object) -> PlatformError:

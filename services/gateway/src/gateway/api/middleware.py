@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from chassis import context, metrics, telemetry
 from chassis.errors import PlatformError
 from contracts.names import HEADER_REQUEST_ID, HEADER_TRACE_ID
-from gateway.api import errors
+from gateway.api import anthropic_errors, errors
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ class RequestFrame:
         offered = headers.get(HEADER_REQUEST_ID, "")
         request_id = offered if SANE_REQUEST_ID.fullmatch(offered) else context.new_request_id()
         deadline_s = time.monotonic() + self._timeout_s
-        state |= {"request_id": request_id, "deadline_s": deadline_s, "answer_headers": {}}
+        answer_headers = {anthropic_errors.REQUEST_ID: request_id} if anthropic_errors.is_spoken(scope) else {}
+        state |= {"request_id": request_id, "deadline_s": deadline_s, "answer_headers": answer_headers}
         parent = telemetry.parent_from({"traceparent": headers.get("traceparent", "")})
         with (
             context.use(context.RequestContext(request_id, "", deadline_s)),

@@ -15,12 +15,13 @@ from gateway.core.ports import Keys, LimitState, RequestLimiter
 
 _MAX_KEY_CHARS = 256
 _MAX_TOKEN_CHARS = 8192  # a signed token is longer than any key
+_PROTECTED = frozenset({"/v1", "/admin", "/generate", "/rerank"})
 _UPLOADS = ("/v1/documents", "/v1/files")
 
 
 def is_protected(path: str) -> bool:
     """Says whether a path needs a key; what is none of ours is simply not found."""
-    return path.startswith(("/v1/", "/admin/", "/v2/models/")) or path in ("/v1", "/admin")
+    return path.startswith(("/v1/", "/admin/", "/v2/models/")) or path in _PROTECTED
 
 
 class Authentication:

@@ -8,7 +8,18 @@ from chassis import telemetry
 from gateway.api.settlement import Recorder
 from gateway.core.account import Account
 
-INFERENCE_ROUTES = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+INFERENCE_ROUTES = frozenset(
+    {
+        "/generate",
+        "/rerank",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/messages",
+        "/v1/rerank",
+        "/v1/responses",
+    }
+)
 _MODEL_ROUTE = re.compile(r"/v2/models/[^/]+(?:/versions/[^/]+)?/(infer|generate|generate_stream)")
 
 

@@ -88,7 +88,7 @@ class OpenInference:
         return _encoder_kind(name)
 
     async def check_generates(self, principal: Principal, name: str) -> None:
-        """Raises INVALID_ARGUMENT for a model that gives no text, NOT_FOUND for none at all."""
+        """Raises NOT_FOUND for a model that gives no text, or that is none at all."""
         if (await self.describe(principal, name, "")).outputs[0].datatype != "BYTES":
             raise PlatformError(
                 Code.INVALID_ARGUMENT,
@@ -164,7 +164,6 @@ def _ask(sender: Sender, request: InferRequest, graph: Graph) -> tuple[Ask, _Tex
     check_outputs(request, _TEXT_OUTPUTS)
     prompts, parameters = _read(request, _PROMPTS)
     body = validate(parameters | {"model": request.model, "prompt": prompts}, CompletionBody)
-    body.refuse_what_is_missing()
     wanted = tuple(body.requests(sender.principal.tenant))
     sender.account.model = graph.name
     sender.account.prompt_text = "\n".join(prompts)

@@ -19,6 +19,8 @@ from gateway.api.inference import account_of, deadline_of, finished_before_clien
 from gateway.api.json_body import Body, parse_json, validate
 from gateway.api.open_inference import EXTENSIONS, SERVER_NAME, SERVER_VERSION, OpenInference, Sender
 from gateway.api.open_inference_tensors import BYTES, check_datatype, from_raw, to_raw
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import FLAG, TEXT, array, record
 from gateway.core.open_inference import (
     MAX_ELEMENTS,
     ONLY_VERSION,
@@ -38,7 +40,7 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 Parameters = Annotated[dict[Name, bool | int | float | str], Field(max_length=64)]
 
 
-class _Input(Body):
+class InferInput(Body):
     name: Name
     datatype: Annotated[str, Field(max_length=40)]
     shape: Annotated[list[Annotated[int, Field(ge=0, le=MAX_ELEMENTS)]], Field(min_length=1, max_length=8)]
@@ -46,7 +48,7 @@ class _Input(Body):
     data: Any = None
 
 
-class _Output(Body):
+class InferOutput(Body):
     name: Name
     parameters: Parameters | None = None
 
@@ -57,13 +59,13 @@ class _Output(Body):
         return said if isinstance(said, bool) else None
 
 
-class _InferBody(Body):
+class InferBody(Body):
     """The request."""
 
     id: Annotated[str, Field(max_length=256)] | None = None
     parameters: Parameters | None = None
-    inputs: Annotated[list[_Input], Field(min_length=1, max_length=64)]
-    outputs: Annotated[list[_Output], Field(max_length=64)] | None = None
+    inputs: Annotated[list[InferInput], Field(min_length=1, max_length=64)]
+    outputs: Annotated[list[InferOutput], Field(max_length=64)] | None = None
 
     def binary_outputs(self) -> Callable[[str], bool]:
         """Says of an output's name whether it is wanted as bytes."""
@@ -72,7 +74,7 @@ class _InferBody(Body):
         return lambda name: every if (own := said.get(name)) is None else own
 
 
-class _GenerateBody(Body):
+class GenerateBody(Body):
     """Triton's generate: parameters beside the text or in `parameters`."""
 
     text_input: str
@@ -80,26 +82,38 @@ class _GenerateBody(Body):
     parameters: Parameters | None = None
 
 
+_TENSOR = record({"name": TEXT, "datatype": TEXT, "shape": array({"type": "integer"})})
+_KIND = record(
+    {"name": TEXT, "versions": array(TEXT), "platform": TEXT, "inputs": array(_TENSOR), "outputs": array(_TENSOR)}
+)
+
+
 def open_inference_router(inference: OpenInference, readiness: Readiness) -> APIRouter:
     """Makes the routes."""
     router = APIRouter()
 
-    @router.get("/v2")
+    @router.get("/v2", response_model=None)
+    @documented(record({"name": TEXT, "version": TEXT, "extensions": array(TEXT)}))
     async def server_metadata() -> dict[str, Any]:
         return {"name": SERVER_NAME, "version": SERVER_VERSION, "extensions": EXTENSIONS}
 
-    @router.get("/v2/health/live")
+    @router.get("/v2/health/live", response_model=None)
+    @documented(record({"live": FLAG}))
     async def live() -> dict[str, Any]:
         return {"live": True}
 
     @router.get("/v2/health/ready", response_model=None)
-    async def ready() -> Response:
-        is_ready = await readiness.check()
-        return Response(orjson.dumps({"ready": is_ready}), 200 if is_ready else 503, media_type="application/json")
+    @documented(record({"ready": FLAG}))
+    async def ready() -> dict[str, Any]:
+        if not await readiness.check():
+            raise PlatformError(Code.UNAVAILABLE, "a service that models need does not answer", retry_after_s=1.0)
+        return {"ready": True}
 
+    @documented(_KIND)
     async def model_metadata(request: Request, model: str, version: str = "") -> dict[str, Any]:
         return _kind_shape(await inference.describe(principal_of(request), model, version))
 
+    @documented(record({"name": TEXT, "ready": FLAG}))
     async def model_ready(request: Request, model: str, version: str = "") -> dict[str, Any]:
         await inference.describe(principal_of(request), model, version)
         return {"name": model, "ready": True}
@@ -119,11 +133,13 @@ def open_inference_router(inference: OpenInference, readiness: Readiness) -> API
         return _Stream(inference.stream(_sender(request), wanted))
 
     for path in (_MODEL, _MODEL + "/versions/{version}"):
-        router.add_api_route(path, model_metadata, methods=["GET"])
-        router.add_api_route(path + "/ready", model_ready, methods=["GET"])
-        router.add_api_route(path + "/infer", infer, methods=["POST"], response_model=None)
-        router.add_api_route(path + "/generate", generate, methods=["POST"], response_model=None)
-        router.add_api_route(path + "/generate_stream", generate_stream, methods=["POST"], response_model=None)
+        router.add_api_route(path, model_metadata, methods=["GET"], response_model=None)
+        router.add_api_route(path + "/ready", model_ready, methods=["GET"], response_model=None)
+        # The protocol has a document of its own (open_inference_rest.yaml): what a tensor holds together, ours could not say.
+        for action, endpoint in (("infer", infer), ("generate", generate), ("generate_stream", generate_stream)):
+            router.add_api_route(
+                f"{path}/{action}", endpoint, methods=["POST"], response_model=None, include_in_schema=False
+            )
     return router
 
 
@@ -201,7 +217,7 @@ async def _body(request: Request) -> bytes:
         raise PlatformError(Code.CANCELLED, "the client left while it sent the body") from None
 
 
-async def _read(request: Request, model: str, version: str) -> tuple[_InferBody, InferRequest]:
+async def _read(request: Request, model: str, version: str) -> tuple[InferBody, InferRequest]:
     """Reads JSON and what bytes follow it; raises INVALID_ARGUMENT."""
     raw = await _body(request)
     said = request.headers.get(_HEADER_LENGTH)
@@ -211,7 +227,7 @@ async def _read(request: Request, model: str, version: str) -> tuple[_InferBody,
             message = f"{_HEADER_LENGTH} must be the length of the JSON in front of the bytes"
             raise PlatformError(Code.INVALID_ARGUMENT, message, param=_HEADER_LENGTH)
         num_bytes = int(said)
-    body = validate(parse_json(raw[:num_bytes]), _InferBody)
+    body = validate(parse_json(raw[:num_bytes]), InferBody)
     wanted = InferRequest(
         model,
         version,
@@ -223,7 +239,7 @@ async def _read(request: Request, model: str, version: str) -> tuple[_InferBody,
     return body, wanted
 
 
-def _tensors(inputs: Sequence[_Input], raw: bytes) -> Iterable[Tensor]:
+def _tensors(inputs: Sequence[InferInput], raw: bytes) -> Iterable[Tensor]:
     at = 0
     for one in inputs:
         size = (one.parameters or {}).get("binary_data_size")
@@ -241,7 +257,7 @@ def _tensors(inputs: Sequence[_Input], raw: bytes) -> Iterable[Tensor]:
         )
 
 
-def _from_json(one: _Input) -> Tensor:
+def _from_json(one: InferInput) -> Tensor:
     check_datatype(one.name, one.datatype)
     values: list[Any] = []
     for value in _flat(one.data):
@@ -275,7 +291,7 @@ def _flat(data: object) -> Iterable[object]:
 
 async def _read_generate(request: Request, model: str, version: str) -> InferRequest:
     fields = parse_json(await _body(request))
-    body = validate(fields, _GenerateBody)
+    body = validate(fields, GenerateBody)
     beside = {
         name: value
         for name, value in fields.items()
@@ -285,7 +301,7 @@ async def _read_generate(request: Request, model: str, version: str) -> InferReq
     return InferRequest(model, version, body.id or "", beside | (body.parameters or {}), (prompt,))
 
 
-def _infer_response(answer: InferResponse, body: _InferBody) -> Response:
+def _infer_response(answer: InferResponse, body: InferBody) -> Response:
     is_binary, blobs, outputs = body.binary_outputs(), [], []
     for one in answer.outputs:
         shown: dict[str, Any] = {"name": one.name, "datatype": one.datatype, "shape": list(one.shape)}

@@ -1,18 +1,20 @@
 """POST /v1/chat/completions: OpenAI's chat, over any graph."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, ClassVar, Literal
 
 import orjson
 from fastapi import APIRouter
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import Response
 
 from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
-from gateway.api.inference import InferenceResponse, account_of, deadline_of
-from gateway.api.json_body import Body, read_json
+from gateway.api.inference import EVENT_STREAM, InferenceResponse, ask_of, graph_of
+from gateway.api.json_body import Body, invalid, read_json
+from gateway.api.openai_answers import CHAT_COMPLETION
 from gateway.api.openai_chat_rendering import ChatRendering
 from gateway.api.openai_constraints import ConstrainedBody, ResponseFormat
 from gateway.api.openai_params import MaxTokens, SamplingBody
@@ -24,6 +26,7 @@ from gateway.api.openai_tools import (
     callable_tools,
     wanted_calls,
 )
+from gateway.api.openapi import documented
 from gateway.core.graph import GraphRequest
 from gateway.core.services import (
     Chat,
@@ -31,10 +34,10 @@ from gateway.core.services import (
     Message,
     ToolCalls,
 )
-from gateway.core.serving import Ask, Serving
+from gateway.core.serving import Serving
 
 _MAX_MESSAGES = 4096
-_MAX_TOP_LOGPROBS = 20
+MAX_TOP_LOGPROBS = 20
 
 
 class TextPart(Body):
@@ -44,6 +47,20 @@ class TextPart(Body):
     text: str
 
 
+class RefusalPart(Body):
+    """What an assistant said in place of an answer; it is read as what it said."""
+
+    type: Literal["refusal"]
+    text: str = Field(alias="refusal")
+
+
+def _part_kind(value: object) -> str:
+    return "refusal" if isinstance(value, dict) and value.get("type") == "refusal" else "text"
+
+
+Part = Annotated[Annotated[TextPart, Tag("text")] | Annotated[RefusalPart, Tag("refusal")], Discriminator(_part_kind)]
+
+
 def _content_kind(value: object) -> str | None:
     if isinstance(value, str):
         return "string"
@@ -51,7 +68,7 @@ def _content_kind(value: object) -> str | None:
 
 
 Content = Annotated[
-    Annotated[str, Tag("string")] | Annotated[list[TextPart], Tag("parts"), Field(max_length=1024)],
+    Annotated[str, Tag("string")] | Annotated[list[Part], Tag("parts"), Field(max_length=1024)],
     Discriminator(
         _content_kind,
         custom_error_type="content_type",
@@ -65,20 +82,21 @@ class ChatTurn(Body):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
+    refusal: str | None = None  # of an assistant, in place of content
     tool_calls: list[CalledTool] | None = Field(None, max_length=MAX_TOOLS)
     tool_call_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
-    @model_validator(mode="after")
-    def _has_content(self) -> "ChatTurn":
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("the message has no content")
+    def check(self, number: int) -> None:
+        """Raises INVALID_ARGUMENT for fields that do not fit together."""
+        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
+            raise invalid(f"messages[{number}]", "the message has no content")
         if self.role == "tool" and self.tool_call_id is None:
-            raise ValueError("a message of the role tool needs the tool_call_id that it answers")
-        return self
+            raise invalid(f"messages[{number}]", "a message of the role tool needs the tool_call_id that it answers")
 
     def message(self) -> Message:
         """The turn as the core knows it."""
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content or ())
+        content = self.refusal if self.content is None else self.content
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content or ())
         return Message(
             role="system" if self.role == "developer" else self.role,
             content=text,
@@ -90,46 +108,41 @@ class ChatTurn(Body):
 class ChatBody(SamplingBody, ConstrainedBody):
     """The request."""
 
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            **SamplingBody.refused,
+            "add_special_tokens": "the model's template says which there are",
+            "audio": "this server writes text",
+            "chat_template": "the model's own is used",
+            "chat_template_kwargs": "the model's own template is used as it is",
+            "continue_final_message": "POST /v1/completions continues a text",
+            "documents": "hand them in with POST /v1/documents, and ask the model rag",
+            "function_call": "send tool_choice",
+            "functions": "send tools",
+            "moderation": "nothing is moderated here",
+            "web_search_options": "nothing is sought in the web",
+        }
+    )
+
     messages: list[ChatTurn] = Field(min_length=1, max_length=_MAX_MESSAGES)
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=_MAX_TOP_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: list[Tool] | None = Field(None, min_length=1, max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[Any] | None = None
     collection: Annotated[str, Field(min_length=1, max_length=64)] | None = None
 
-    @field_validator("top_logprobs")
-    @classmethod
-    def _top_needs_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is not None and not info.data.get("logprobs"):
-            raise ValueError("needs logprobs: true")
-        return value
-
-    @field_validator("messages")
-    @classmethod
-    def _tools_answer_calls(cls, value: list[ChatTurn]) -> list[ChatTurn]:
-        open_ids: set[str] = set()
-        for number, turn in enumerate(value):
-            if turn.role == "tool":
-                if turn.tool_call_id not in open_ids:
-                    raise ValueError(f"message {number} of the role tool answers no tool_calls of a message before it")
-                open_ids.discard(turn.tool_call_id or "")
-                continue
-            if open_ids:
-                raise ValueError(f"the tool_calls {sorted(open_ids)} are not answered before message {number}")
-            open_ids = {call.id for call in turn.tool_calls or ()}
-        if open_ids:
-            raise ValueError(f"the tool_calls {sorted(open_ids)} are not answered by messages of the role tool")
-        return value
-
-    def refuse_what_is_missing(self) -> None:
-        """Raises UNIMPLEMENTED for parameters that change the answer and are not there."""
-        if self.functions:
-            raise PlatformError(Code.UNIMPLEMENTED, "functions are not supported: send tools", param="functions")
+    def check(self) -> None:
+        """Raises INVALID_ARGUMENT for fields that do not fit together; what each may be was checked before."""
+        self.check_options()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs", "needs logprobs: true")
+        for number, turn in enumerate(self.messages):
+            turn.check(number)
+        _check_calls_are_answered(self.messages)
 
     def callable_places(self) -> list[int]:
         """Places of the tools that the answer may call."""
@@ -165,7 +178,8 @@ class ChatBody(SamplingBody, ConstrainedBody):
         return calls, calls.tools_json
 
     def request(self, tenant: str, *, priority: int = 0) -> GraphRequest:
-        """What the graph is asked."""
+        """What the graph is asked; raises INVALID_ARGUMENT for fields that do not fit together."""
+        self.check()
         grammar, tools_json = self._wanted()
         return GraphRequest(
             prompt=Chat(tuple(turn.message() for turn in self.messages), tools_json),
@@ -180,6 +194,22 @@ class ChatBody(SamplingBody, ConstrainedBody):
         )
 
 
+def _check_calls_are_answered(turns: Sequence[ChatTurn]) -> None:
+    open_ids: set[str] = set()
+    for number, turn in enumerate(turns):
+        if turn.role == "tool":
+            if turn.tool_call_id not in open_ids:
+                message = f"message {number} of the role tool answers no tool_calls of a message before it"
+                raise invalid("messages", message)
+            open_ids.discard(turn.tool_call_id or "")
+            continue
+        if open_ids:
+            raise invalid("messages", f"the tool_calls {sorted(open_ids)} are not answered before message {number}")
+        open_ids = {call.id for call in turn.tool_calls or ()}
+    if open_ids:
+        raise invalid("messages", f"the tool_calls {sorted(open_ids)} are not answered by messages of the role tool")
+
+
 def _dump(value: object) -> str:
     return orjson.dumps(value).decode()
 
@@ -189,26 +219,22 @@ def chat_router(serving: Serving) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/chat/completions", response_model=None)
+    @documented(CHAT_COMPLETION, body=ChatBody, stream=EVENT_STREAM)
     async def chat_completions(request: Request) -> Response:
         """Answers a chat."""
         body = await read_json(request, ChatBody)
-        principal = principal_of(request)
-        graph = await serving.graph(principal, body.model)
-        account = account_of(request)
-        account.model = graph.name
-        body.refuse_what_is_missing()
-        wanted = body.request(principal.tenant)
-        assert isinstance(wanted.prompt, Chat)
-        account.prompt_text = "\n".join(message.content for message in wanted.prompt.messages)
+        graph = await graph_of(request, serving, body.model)
+        wanted = body.request(principal_of(request).tenant)
+        ask = ask_of(request, graph, [wanted])
         rendering = ChatRendering(
             model=graph.name,
             n=wanted.n,
             logprobs=bool(body.logprobs),
             include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
             has_tools=isinstance(wanted.grammar, ToolCalls),
             params=body.params(),
         )
-        ask = Ask(principal, account, deadline_of(request), graph.name, requests=(wanted,))
-        return InferenceResponse(serving.run(ask, graph), rendering, account, stream=bool(body.stream))
+        return InferenceResponse(serving.run(ask, graph), rendering, ask.account, stream=bool(body.stream))
 
     return router

@@ -5,7 +5,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from gateway.api.inference import JsonObject
+from gateway.api.grounding import grounding_fields
+from gateway.api.inference import DataEvents, JsonObject
 from gateway.api.openai_logprobs import chat_logprobs
 from gateway.api.openai_params import usage_object
 from gateway.api.openai_tools import ToolCallRendering
@@ -56,7 +57,7 @@ class _Choice:
         return {"role": "assistant", **fields, "refusal": None}
 
 
-class ChatRendering:
+class ChatRendering(DataEvents):
     """Events as chat.completion and chat.completion.chunk."""
 
     def __init__(
@@ -66,6 +67,7 @@ class ChatRendering:
         n: int,
         logprobs: bool,
         include_usage: bool,
+        continuous_usage: bool = False,
         has_tools: bool = False,
         params: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
@@ -74,6 +76,7 @@ class ChatRendering:
         self._model = model
         self._logprobs = logprobs
         self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
         self._id = f"chatcmpl-{random.getrandbits(128):032x}"
         self._created = int(time.time())
         self._choices = [_Choice(has_tools) for _ in range(n)]
@@ -85,12 +88,15 @@ class ChatRendering:
         """The chunks for one event."""
         match event:
             case Delta():
+                if self._continuous_usage:
+                    self._usage += Usage(completion_tokens=event.num_tokens)
                 for fields, told in self._choices[event.index].take(event):
                     yield self._chunk(event.index, fields, chat_logprobs(told) if self._logprobs else None)
             case ToolCallDelta():
                 yield self._chunk(event.index, self._choices[event.index].take_call(event), None)
             case Started():
                 self._fingerprint = event.model_version or None
+                self._usage += Usage(prompt_tokens=event.prompt_tokens)
                 for index in range(len(self._choices)):
                     # Whether there will be text is not known yet where a call may come in its place.
                     fields = {"role": "assistant", "content": None if self._has_tools else ""}
@@ -141,19 +147,9 @@ class ChatRendering:
     ) -> dict[str, object]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = self._head("chat.completion.chunk") | {"choices": [choice]}
-        return chunk | {"usage": None} if self._include_usage else chunk
+        if not self._include_usage:
+            return chunk
+        return chunk | {"usage": usage_object(self._usage) if self._continuous_usage else None}
 
     def _grounded(self) -> dict[str, object]:
-        if self._grounding is None:
-            return {}
-        sources = [
-            {
-                "document_id": source.document_id,
-                "external_id": source.external_id or None,
-                "chunk_id": source.chunk_id,
-                "title": source.title,
-                "score": source.score,
-            }
-            for source in self._grounding.sources
-        ]
-        return {"grounded": self._grounding.grounded, "sources": sources}
+        return {} if self._grounding is None else grounding_fields(self._grounding)

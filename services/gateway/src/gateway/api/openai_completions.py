@@ -3,23 +3,26 @@
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, ClassVar
 
 from fastapi import APIRouter
-from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import Response
 
 from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
-from gateway.api.inference import InferenceResponse, JsonObject, account_of, deadline_of
-from gateway.api.json_body import read_json
+from gateway.api.inference import EVENT_STREAM, DataEvents, InferenceResponse, JsonObject, ask_of, graph_of
+from gateway.api.json_body import invalid, read_json
+from gateway.api.openai_answers import TEXT_COMPLETION
 from gateway.api.openai_constraints import ConstrainedBody
 from gateway.api.openai_logprobs import CompletionLogprobs
 from gateway.api.openai_params import MAX_CHOICES, MaxTokensOrNone, SamplingBody, TokenId, usage_object
+from gateway.api.openapi import documented
 from gateway.core.graph import Answering, GraphEvent, GraphRequest
 from gateway.core.services import Delta, Done, Finished, Started, Usage
-from gateway.core.serving import Ask, Serving
+from gateway.core.serving import Serving
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 _MAX_LOGPROBS = 20
@@ -62,30 +65,31 @@ def prompts_of(value: str | Sequence[object]) -> list[str | tuple[int, ...]]:
 class CompletionBody(SamplingBody, ConstrainedBody):
     """The request."""
 
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            **SamplingBody.refused,
+            "prompt_embeds": "send a text or token ids",
+            "suffix": "what comes behind the completion cannot be given",
+        }
+    )
+
     prompt: Prompts
     max_tokens: MaxTokensOrNone | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=_MAX_LOGPROBS)] | None = None
-    suffix: str | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
-    @field_validator("prompt")
-    @classmethod
-    def _not_too_many(cls, value: Prompts, info: ValidationInfo) -> Prompts:
-        num_choices = len(prompts_of(value)) * (info.data.get("n") or 1)
-        if num_choices > MAX_CHOICES:
-            raise ValueError(f"prompts times n make {num_choices} completions, at most {MAX_CHOICES} are run")
-        return value
+    def requests(self, tenant: str) -> list[GraphRequest]:
+        """What the graph is asked, one for each prompt.
 
-    def refuse_what_is_missing(self) -> None:
-        """Raises UNIMPLEMENTED for parameters that change the answer and are not there yet."""
-        if self.suffix:
-            raise PlatformError(Code.UNIMPLEMENTED, "suffix is not supported", param="suffix")
+        Raises INVALID_ARGUMENT for fields that do not fit together, UNIMPLEMENTED for a best_of that would choose.
+        """
+        self.check_options()
+        prompts = prompts_of(self.prompt)
+        if (num_choices := len(prompts) * (self.n or 1)) > MAX_CHOICES:
+            raise invalid("prompt", f"prompts times n make {num_choices} completions, at most {MAX_CHOICES} are run")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise PlatformError(Code.UNIMPLEMENTED, "best_of other than n is not supported", param="best_of")
-
-    def requests(self, tenant: str) -> list[GraphRequest]:
-        """What the graph is asked, one for each prompt."""
         max_tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         grammar, _ = self.constraint()
         return [
@@ -99,7 +103,7 @@ class CompletionBody(SamplingBody, ConstrainedBody):
                 prompt_logprobs=self._prompt_logprobs(prompt),
                 grammar=grammar,
             )
-            for prompt in prompts_of(self.prompt)
+            for prompt in prompts
         ]
 
     def _prompt_logprobs(self, prompt: str | tuple[int, ...]) -> int | None:
@@ -109,7 +113,7 @@ class CompletionBody(SamplingBody, ConstrainedBody):
         return 0 if self.logprobs is None and not isinstance(prompt, str) else self.logprobs
 
 
-class CompletionRendering:
+class CompletionRendering(DataEvents):
     """Events as text_completion."""
 
     def __init__(self, body: CompletionBody, requests: Sequence[GraphRequest], model: str) -> None:
@@ -118,6 +122,7 @@ class CompletionRendering:
         self._model = model
         self._echo = bool(body.echo)
         self._include_usage = body.include_usage
+        self._continuous_usage = body.continuous_usage
         self._requests = requests
         self._n = requests[0].n
         self._id = f"cmpl-{random.getrandbits(128):032x}"
@@ -136,10 +141,13 @@ class CompletionRendering:
         """The chunks for one event."""
         match event:
             case Delta():
+                if self._continuous_usage:
+                    self._usage += Usage(completion_tokens=event.num_tokens)
                 if event.text or event.logprobs:
                     yield self._grow(event.index, event.text, event)
             case Started():
                 self._fingerprint = event.model_version or None
+                self._usage += Usage(prompt_tokens=event.prompt_tokens)
                 if self._echo:
                     text = self._prompt_text(event)
                     for choice in range(event.prompt_index * self._n, (event.prompt_index + 1) * self._n):
@@ -195,7 +203,9 @@ class CompletionRendering:
     ) -> dict[str, object]:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = self._head() | {"choices": [choice]}
-        return chunk | {"usage": None} if self._include_usage else chunk
+        if not self._include_usage:
+            return chunk
+        return chunk | {"usage": usage_object(self._usage) if self._continuous_usage else None}
 
 
 def completions_router(serving: Serving) -> APIRouter:
@@ -203,18 +213,13 @@ def completions_router(serving: Serving) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/completions", response_model=None)
+    @documented(TEXT_COMPLETION, body=CompletionBody, stream=EVENT_STREAM)
     async def completions(request: Request) -> Response:
         """Completes prompts."""
         body = await read_json(request, CompletionBody)
-        principal = principal_of(request)
-        graph = await serving.graph(principal, body.model)
-        account = account_of(request)
-        account.model = graph.name
-        body.refuse_what_is_missing()
-        wanted = body.requests(principal.tenant)
-        account.prompt_text = "\n".join(one.prompt for one in wanted if isinstance(one.prompt, str))
-        rendering = CompletionRendering(body, wanted, graph.name)
-        ask = Ask(principal, account, deadline_of(request), graph.name, requests=tuple(wanted))
-        return InferenceResponse(serving.run(ask, graph), rendering, account, stream=bool(body.stream))
+        graph = await graph_of(request, serving, body.model)
+        ask = ask_of(request, graph, body.requests(principal_of(request).tenant))
+        rendering = CompletionRendering(body, ask.requests, graph.name)
+        return InferenceResponse(serving.run(ask, graph), rendering, ask.account, stream=bool(body.stream))
 
     return router

@@ -3,10 +3,10 @@
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from chassis.errors import Code, PlatformError
-from gateway.api.json_body import Body
+from gateway.api.json_body import Body, invalid
 from gateway.core.services import Grammar
 
 Schema = dict[str, Any] | str
@@ -28,18 +28,14 @@ class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
-    @model_validator(mode="after")
-    def _has_schema(self) -> "ResponseFormat":
-        if self.type == "json_schema" and self.json_schema is None:
-            raise ValueError("type json_schema needs the field json_schema with a schema")
-        return self
-
     def grammar(self) -> Grammar | None:
-        """The constraint for the generator."""
+        """The constraint for the generator; raises INVALID_ARGUMENT where the schema is missing."""
         if self.type == "text":
             return None
-        if self.json_schema is None or self.type == "json_object":
+        if self.type == "json_object":
             return Grammar("json_object")
+        if self.json_schema is None:
+            raise invalid("response_format", "type json_schema needs the field json_schema with a schema")
         return Grammar("json_schema", _dump(self.json_schema.json_schema), bool(self.json_schema.strict))
 
 

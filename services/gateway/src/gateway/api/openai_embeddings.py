@@ -1,9 +1,9 @@
 """POST /v1/embeddings: OpenAI's embeddings, by the embedder."""
 
-import asyncio
 import base64
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Literal
 
 import orjson
@@ -11,21 +11,19 @@ from fastapi import APIRouter
 from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
-from chassis.errors import Code, PlatformError
+from gateway.api.encoders import EncoderResponse, embed
 from gateway.api.identity import principal_of
-from gateway.api.inference import account_of, deadline_of, finished_before_client_left
+from gateway.api.inference import account_of, deadline_of
 from gateway.api.json_body import Body, read_json
+from gateway.api.openai_answers import EMBEDDINGS
 from gateway.api.openai_completions import prompt_kind, prompts_of
 from gateway.api.openai_params import ModelName, TokenId
-from gateway.core.catalog import model_not_found
-from gateway.core.graph import Deadline
-from gateway.core.services import Embedded, Embedder, Usage
+from gateway.api.openapi import documented
+from gateway.core.services import Embedded, Embedder
 from gateway.core.serving import Ask, Serving
 
 _MAX_INPUTS = 2048  # OpenAI's
-_THREAD_FROM_VECTORS = 64  # more take over 5 ms to write and would hold up the event loop
 Text = Annotated[str, Field(min_length=1)]
 TokenList = Annotated[list[TokenId], Field(min_length=1)]
 
@@ -49,50 +47,6 @@ class EmbeddingsBody(Body):
     input: Input
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, le=65536)] | None = None
-
-
-class _EmbeddingsResponse(Response):
-    """Asks the embedder while it answers, so that a client that leaves is noticed."""
-
-    def __init__(self, body: EmbeddingsBody, embedder: Embedder, serving: Serving, ask: Ask) -> None:
-        super().__init__()
-        self._body = body
-        self._embedder = embedder
-        self._serving = serving
-        self._ask = ask
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Works until everything was sent or the client left."""
-        if not await finished_before_client_left(self._answer(scope, receive, send), receive):
-            self._ask.account.finish_reason = "cancelled"
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body, account = self._body, self._ask.account
-        async with self._serving.hold(self._ask):
-            embedded = await _embed(self._embedder, body, self._ask.deadline)
-            account.model = body.model
-            account.done(Usage(prompt_tokens=embedded.num_tokens))
-            account.finish_reason = "stop"
-        if len(embedded.vectors) > _THREAD_FROM_VECTORS:
-            content = await asyncio.to_thread(_json, body, embedded)
-        else:
-            content = _json(body, embedded)
-        await Response(content, media_type="application/json")(scope, receive, send)
-
-
-async def _embed(embedder: Embedder, body: EmbeddingsBody, deadline: Deadline) -> Embedded:
-    try:
-        return await embedder.embed(
-            body.model,
-            prompts_of(body.input),  # type: ignore[arg-type]  # all texts or all token lists: the body's type says so
-            truncate=False,
-            dimensions=body.dimensions or 0,
-            timeout_s=deadline.remaining_s(),
-        )
-    except PlatformError as error:
-        if error.code is Code.NOT_FOUND:
-            raise model_not_found(body.model) from None
-        raise
 
 
 def _json(body: EmbeddingsBody, embedded: Embedded) -> bytes:
@@ -120,11 +74,13 @@ def embeddings_router(embedder: Embedder, serving: Serving) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/embeddings", response_model=None)
+    @documented(EMBEDDINGS, body=EmbeddingsBody)
     async def embeddings(request: Request) -> Response:
         """Embeds texts."""
         body = await read_json(request, EmbeddingsBody)
         inputs = tuple(prompts_of(body.input))
         ask = Ask(principal_of(request), account_of(request), deadline_of(request), body.model, inputs=inputs)
-        return _EmbeddingsResponse(body, embedder, serving, ask)
+        encode = partial(embed, embedder, ask, truncate=False, dimensions=body.dimensions or 0)
+        return EncoderResponse(serving, ask, encode, partial(_json, body))
 
     return router

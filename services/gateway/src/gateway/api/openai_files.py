@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
+from pydantic import ConfigDict
 from starlette.datastructures import FormData
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -15,6 +16,8 @@ from gateway.api.identity import principal_of
 from gateway.api.inference import json_response
 from gateway.api.json_body import Body, validate
 from gateway.api.multipart import fields_of, file_of, read_form
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import COUNT, FILE, FLAG, TEXT, TIME, form, one_of, page, record
 from gateway.core.documents import FileContent
 from gateway.core.uploads import Purpose, Upload, Uploads
 
@@ -26,14 +29,33 @@ _MAX_FILENAME_CHARS = 255
 class _UploadBody(Body):
     """What a client says of its file."""
 
+    model_config = ConfigDict(extra="forbid")
+
     purpose: Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
+
+
+FILE_OBJECT = record(
+    {
+        "id": TEXT,
+        "object": one_of("file"),
+        "bytes": COUNT,
+        "created_at": TIME,
+        "expires_at": {"type": "null"},
+        "filename": TEXT,
+        "purpose": one_of(*Purpose),
+        "status": one_of("processed"),
+    }
+)
 
 
 def files_router(uploads: Uploads, content: FileContent, *, max_upload_bytes: int) -> APIRouter:
     """Makes POST and GET /v1/files, GET and DELETE /v1/files/{id}, GET /v1/files/{id}/content."""
     router = APIRouter()
 
-    @router.post("/v1/files")
+    @router.post("/v1/files", response_model=None)
+    @documented(
+        FILE_OBJECT, form=form({"file": FILE, "purpose": one_of(*sorted(set(Purpose) - {Purpose.BATCH_OUTPUT}))})
+    )
     async def upload_file(request: Request) -> dict[str, Any]:
         tenant = principal_of(request).tenant
         form = await read_form(request, max_upload_bytes, _FORM_FIELDS)
@@ -43,6 +65,7 @@ def files_router(uploads: Uploads, content: FileContent, *, max_upload_bytes: in
             await form.close()
 
     @router.get("/v1/files", response_model=None)
+    @documented(page(FILE_OBJECT, with_ends=True))
     async def list_files(
         request: Request,
         purpose: Annotated[str | None, Query(max_length=100)] = None,
@@ -57,16 +80,19 @@ def files_router(uploads: Uploads, content: FileContent, *, max_upload_bytes: in
         # Written by orjson: FastAPI's own encoder would hold up the event loop over a long page.
         return json_response(page_shape([file_shape(one) for one in found[:limit]], has_more=len(found) > limit))
 
-    @router.get("/v1/files/{file_id}")
+    @router.get("/v1/files/{file_id}", response_model=None)
+    @documented(FILE_OBJECT)
     async def get_file(request: Request, file_id: str) -> dict[str, Any]:
         return file_shape(await uploads.get(principal_of(request).tenant, file_id))
 
-    @router.delete("/v1/files/{file_id}")
+    @router.delete("/v1/files/{file_id}", response_model=None)
+    @documented(record({"id": TEXT, "object": one_of("file"), "deleted": FLAG}))
     async def delete_file(request: Request, file_id: str) -> dict[str, Any]:
         await uploads.delete(principal_of(request).tenant, file_id)
         return {"id": file_id, "object": "file", "deleted": True}
 
     @router.get("/v1/files/{file_id}/content", response_model=None)
+    @documented(media_type="application/octet-stream")
     async def get_content(request: Request, file_id: str) -> Response:
         upload = await uploads.get(principal_of(request).tenant, file_id)
         pieces = _checked(content, upload)

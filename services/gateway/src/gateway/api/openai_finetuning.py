@@ -1,10 +1,13 @@
 """The routes of /v1/fine_tuning/jobs: OpenAI's paths and shapes."""
 
 import re
-from typing import Annotated, Any, Literal, NoReturn
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 from fastapi import APIRouter, Query, Request
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from chassis.errors import Code, PlatformError
@@ -14,6 +17,8 @@ from gateway.api.inference import json_response
 from gateway.api.json_body import Body, read_json
 from gateway.api.openai_files import page_shape
 from gateway.api.openai_params import ModelName
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import ANY_OBJECT, COUNT, NUMBER, TEXT, TIME, array, nullable, one_of, page, record
 from gateway.core.catalog import Catalog
 from gateway.core.finetuning import Finetune, Finetuning, Hyperparameters, Order, Run, RunEvent
 from gateway.core.jobs import Canceller, JobStatus, JobStore
@@ -52,21 +57,22 @@ class _Supervised(Body):
 class _Method(Body):
     """How to train."""
 
-    type: Literal["supervised", "dpo", "reinforcement"]
+    type: Annotated[Literal["supervised", "dpo", "reinforcement"], WithJsonSchema({"const": "supervised"})]
     supervised: _Supervised | None = None
 
 
-class _OrderBody(Body):
+class OrderBody(Body):
     """The request."""
+
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType({"integrations": "nothing is told to other services"})
 
     model: ModelName
     training_file: Id
-    validation_file: Id | None = None
+    validation_file: SkipJsonSchema[Id | None] = None
     suffix: str | None = None
     seed: Annotated[int, Field(ge=0, le=_MAX_SEED)] | None = None
     hyperparameters: _Hyperparameters | None = None
     method: _Method | None = None
-    integrations: list[dict[str, Any]] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
 
     def order(self) -> Order:
@@ -92,8 +98,6 @@ class _OrderBody(Body):
         if self.method is not None and self.method.type != "supervised":
             message = f"the method {self.method.type!r} is not supported; there is: supervised"
             raise PlatformError(Code.UNIMPLEMENTED, message, param="method.type")
-        if self.integrations:
-            raise PlatformError(Code.UNIMPLEMENTED, "integrations are not supported", param="integrations")
 
     def _chosen(self) -> _Hyperparameters:
         """Those of the method, or in OpenAI's older place; both are taken where they say the same."""
@@ -107,19 +111,59 @@ class _OrderBody(Body):
         return of_method or self.hyperparameters or _Hyperparameters()
 
 
+FINETUNE = record(
+    {
+        "id": TEXT,
+        "object": one_of("fine_tuning.job"),
+        "created_at": TIME,
+        "finished_at": nullable(TIME),
+        "model": TEXT,
+        "fine_tuned_model": nullable(TEXT),
+        "organization_id": TEXT,
+        "status": one_of(*JobStatus),
+        "training_file": TEXT,
+        "error": nullable(record({"code": TEXT, "message": TEXT, "param": nullable(TEXT)})),
+    }
+)
+_EVENT = record(
+    {
+        "id": TEXT,
+        "object": one_of("fine_tuning.job.event"),
+        "created_at": TIME,
+        "level": TEXT,
+        "message": TEXT,
+        "type": TEXT,
+        "data": nullable(ANY_OBJECT),
+    }
+)
+_LOSSES = record(
+    {
+        "object": one_of("fine_tuning.job.losses"),
+        "step": COUNT,
+        "total_steps": COUNT,
+        "losses": array(NUMBER),
+        "trained_tokens": COUNT,
+        "tracker_run_id": nullable(TEXT),
+    }
+)
+
+
 def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, canceller: Canceller) -> APIRouter:
     """Makes the routes."""
     router = APIRouter()
 
-    @router.post(_PATH)
+    @router.post(_PATH, response_model=None)
+    @documented(FINETUNE, body=OrderBody)
     async def create_job(request: Request) -> dict[str, Any]:
-        order = (await read_json(request, _OrderBody)).order()
+        body = await read_json(request, OrderBody)
         principal = principal_of(request)
-        Serving.permit(principal, order.base)
-        await catalog.check_tunable(order.base)
+        Serving.permit(principal, body.model)
+        await catalog.check_tunable(body.model)
+        order = body.order()
         return job_shape(await finetuning.submit(principal.tenant, principal.key_id, order))
 
-    @router.get(_PATH)
+    @router.get(_PATH, response_model=None)
+    @documented(page(FINETUNE, with_ends=True))
     async def list_jobs(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -130,11 +174,13 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
         found = await finetuning.newest(principal_of(request).tenant, limit=limit + 1, after=after)
         return page_shape([job_shape(one) for one in found[:limit]], has_more=len(found) > limit)
 
-    @router.get(_PATH + "/{job_id}")
+    @router.get(_PATH + "/{job_id}", response_model=None)
+    @documented(FINETUNE)
     async def get_job(request: Request, job_id: str) -> dict[str, Any]:
         return job_shape(await finetuning.get(principal_of(request).tenant, job_id))
 
-    @router.post(_PATH + "/{job_id}/cancel")
+    @router.post(_PATH + "/{job_id}/cancel", response_model=None)
+    @documented(FINETUNE)
     async def cancel_job(request: Request, job_id: str) -> dict[str, Any]:
         tenant = principal_of(request).tenant
         await finetuning.get(tenant, job_id)  # no other job is cancelled here
@@ -142,6 +188,7 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
         return job_shape(await finetuning.get(tenant, job_id))
 
     @router.get(_PATH + "/{job_id}/events", response_model=None)
+    @documented(page(_EVENT, with_ends=True))
     async def list_events(
         request: Request,
         job_id: str,
@@ -157,12 +204,14 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
         return json_response(page_shape(shown, has_more=len(events) > limit))
 
     @router.get(_PATH + "/{job_id}/losses", response_model=None)
+    @documented(_LOSSES)
     async def get_losses(request: Request, job_id: str) -> Response:
         """Not OpenAI's: the loss curve in one piece."""
         _, run = await finetuning.run(principal_of(request).tenant, job_id)
         return json_response(_losses_shape(run))
 
-    @router.get(_PATH + "/{job_id}/checkpoints")
+    @router.get(_PATH + "/{job_id}/checkpoints", response_model=None)
+    @documented(page(ANY_OBJECT, with_ends=True))
     async def list_checkpoints(request: Request, job_id: str) -> dict[str, Any]:
         """None: checkpoints are for resuming after a crash, and no request can name one."""
         await finetuning.get(principal_of(request).tenant, job_id)
@@ -173,7 +222,9 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
         raise PlatformError(Code.UNIMPLEMENTED, message, reason="not_implemented")
 
     for action in ("pause", "resume"):
-        router.add_api_route(_PATH + "/{job_id}/" + action, not_there, methods=["POST"], response_model=None)
+        router.add_api_route(
+            _PATH + "/{job_id}/" + action, not_there, methods=["POST"], response_model=None, include_in_schema=False
+        )
     return router
 
 

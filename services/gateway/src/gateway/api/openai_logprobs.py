@@ -13,10 +13,12 @@ def finite(logprob: float) -> float:
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, object]:
     """The shape of chat completions."""
-    return {
-        "content": [_token(token) | {"top_logprobs": [_token(top) for top in token.top]} for token in tokens],
-        "refusal": None,
-    }
+    return {"content": token_logprobs(tokens), "refusal": None}
+
+
+def token_logprobs(tokens: Sequence[TokenLogprob]) -> list[dict[str, object]]:
+    """The tokens, each with its alternatives."""
+    return [_token(token) | {"top_logprobs": [_token(top) for top in token.top]} for token in tokens]
 
 
 def _token(token: TokenLogprob | TopLogprob) -> dict[str, object]:

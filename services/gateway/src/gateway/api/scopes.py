@@ -31,6 +31,7 @@ _SCOPE_OF: tuple[tuple[str, str], ...] = (
     ("/v2", INFERENCE),
     ("/v1/embeddings", EMBEDDINGS),
     ("/v1/rerank", EMBEDDINGS),
+    ("/rerank", EMBEDDINGS),
     ("/v1/search", SEARCH),
     ("/v1/documents", DOCUMENTS),
     ("/v1/files", FILES),

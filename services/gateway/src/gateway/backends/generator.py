@@ -141,6 +141,7 @@ def _stopping(stopping: Stopping) -> pb.StopParams:
         max_tokens=stopping.max_tokens,
         min_tokens=stopping.min_tokens,
         stop=stopping.stop,
+        stop_token_ids=stopping.stop_token_ids,
         ignore_eos=stopping.ignore_eos,
     )
 
@@ -176,7 +177,7 @@ def _event(response: pb.GenerateResponse) -> GenerationEvent | None:
             return Started(started.prompt_tokens, started.model_version, _logprobs(started.prompt_logprobs))
         case "finished":
             finished = response.finished
-            return Finished(finished.index, _REASONS.get(finished.reason, "stop"))
+            return Finished(finished.index, _REASONS.get(finished.reason, "stop"), finished.stop_match)
         case "done":
             usage = response.done.usage
             return Done(Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens))

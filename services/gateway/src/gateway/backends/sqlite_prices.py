@@ -38,7 +38,7 @@ class SqlitePrices:
         """See PriceList.put; with its row in the audit log."""
         if entry.effective_unix_ms < now_unix_ms:
             raise PlatformError(
-                Code.INVALID_ARGUMENT,
+                Code.FAILED_PRECONDITION,
                 "effective_from lies in the past: what was used then has its cost already",
                 param="effective_from",
                 reason="invalid_value",

@@ -8,7 +8,7 @@ from dataclasses import replace
 from chassis.errors import Code, PlatformError
 from gateway.core.finetuning import TunedModel, TunedModels
 from gateway.core.graph import Deadline, Fallbacks, Graph, GraphEvent, GraphRequest, Sequenced
-from gateway.core.services import Embedder, Generator, ServedModel
+from gateway.core.services import Chat, Embedder, Generator, ServedModel, Tokenized
 
 _TIMEOUT_S = 2.0
 _VERSION_TIMEOUT_S = 0.25
@@ -30,6 +30,7 @@ class Tuned:
 
     def __init__(self, base: Sequenced, model: TunedModel) -> None:
         self.name = model.model_id
+        self.model = base.model
         self.uses_generator = True
         self.fallbacks = Fallbacks()  # no other model is what it was tuned to be
         self._base = base
@@ -88,6 +89,29 @@ class Catalog:
             if model is not None and base is not None:
                 return Tuned(base, model)
         raise model_not_found(name)
+
+    async def tokenize(self, graph: Graph, prompt: Chat | str, deadline: Deadline) -> Tokenized:
+        """What a prompt is to the model that answers in the graph's end; INVALID_ARGUMENT where only others know."""
+        if not graph.uses_generator:
+            raise PlatformError(
+                Code.INVALID_ARGUMENT,
+                f"the tokens of the model {graph.name!r} are not counted here: another server runs it",
+                param="model",
+                reason="model_not_supported",
+            )
+        return await self._generator.tokenize(graph.model, prompt, timeout_s=deadline.remaining_s())
+
+    def only_plain(self) -> str:
+        """The one plain model, for requests that name none; raises INVALID_ARGUMENT where there are several."""
+        plain = sorted(one.name for one in self._graphs.values() if one.is_plain)
+        if len(plain) != 1:
+            raise PlatformError(
+                Code.INVALID_ARGUMENT,
+                f"name the model; there are: {', '.join(plain)}",
+                param="model",
+                reason="missing_required_parameter",
+            )
+        return plain[0]
 
     async def version(self, graph: Graph) -> str | None:
         """Which version of the model would answer now; None where that cannot be known at once.

@@ -198,6 +198,11 @@ class Graph(Protocol):
         ...
 
     @property
+    def model(self) -> str:
+        """The generator's model that answers in the end."""
+        ...
+
+    @property
     def identity(self) -> str | None:
         """What its answers depend on beside the request and the model's version; None where that changes silently."""
         ...

@@ -56,7 +56,7 @@ class PriceList(Protocol):
     """The prices of all models."""
 
     async def put(self, entry: PriceEntry, actor: str, now_unix_ms: int) -> None:
-        """Writes a price that begins now or later; raises INVALID_ARGUMENT for an earlier one.
+        """Writes a price that begins now or later; raises FAILED_PRECONDITION for an earlier one.
 
         actor: a key's id, or CONFIGURATION.
         """

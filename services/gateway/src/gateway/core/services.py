@@ -53,6 +53,7 @@ class Stopping:
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +176,7 @@ class Finished:
 
     index: int
     reason: str
+    stop_match: str = ""  # the stop string, or the text of the stop token, that ended it
 
 
 @dataclass(frozen=True, slots=True)

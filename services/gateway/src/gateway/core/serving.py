@@ -18,6 +18,7 @@ from gateway.core.fanout import merged
 from gateway.core.graph import Answering, Deadline, Graph, GraphEvent, GraphRequest, until_first_token
 from gateway.core.ports import Principal
 from gateway.core.repeats import Repeats
+from gateway.core.services import Chat, Tokenized
 
 _ANOTHER_MAY_ANSWER = (Code.UNAVAILABLE, Code.OVERLOADED, Code.DEADLINE_EXCEEDED)
 
@@ -85,6 +86,10 @@ class Serving:
         """What answers under that name for the sender; raises PERMISSION_DENIED and NOT_FOUND."""
         self.permit(principal, name)
         return await self._catalog.graph(name, principal.tenant)
+
+    async def tokenize(self, graph: Graph, prompt: Chat | str, deadline: Deadline) -> Tokenized:
+        """How many tokens a prompt is to the graph's model, without running it; raises PlatformError."""
+        return await self._catalog.tokenize(graph, prompt, deadline)
 
     @staticmethod
     def permit(principal: Principal, model: str) -> None:
