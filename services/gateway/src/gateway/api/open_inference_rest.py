@@ -135,7 +135,7 @@ def open_inference_router(inference: OpenInference, readiness: Readiness) -> API
     for path in (_MODEL, _MODEL + "/versions/{version}"):
         router.add_api_route(path, model_metadata, methods=["GET"], response_model=None)
         router.add_api_route(path + "/ready", model_ready, methods=["GET"], response_model=None)
-        # The protocol has a document of its own (open_inference_rest.yaml): what a tensor holds together, ours could not say.
+        # The protocol has a document of its own, open_inference_rest.yaml; what makes a tensor whole no schema says.
         for action, endpoint in (("infer", infer), ("generate", generate), ("generate_stream", generate_stream)):
             router.add_api_route(
                 f"{path}/{action}", endpoint, methods=["POST"], response_model=None, include_in_schema=False
