@@ -90,11 +90,8 @@ class OpenInference:
     async def check_generates(self, principal: Principal, name: str) -> None:
         """Raises NOT_FOUND for a model that gives no text, or that is none at all."""
         if (await self.describe(principal, name, "")).outputs[0].datatype != "BYTES":
-            raise PlatformError(
-                Code.INVALID_ARGUMENT,
-                f"the model {name[:200]!r} does not generate text; ask it with infer",
-                param="model",
-            )
+            message = f"the model {name[:200]!r} does not generate text; ask it with infer"
+            raise PlatformError(Code.NOT_FOUND, message, param="model")
 
     async def infer(self, sender: Sender, request: InferRequest) -> InferResponse:
         """Asks a model; raises PlatformError as the OpenAI routes do."""
