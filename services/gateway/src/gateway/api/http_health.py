@@ -8,7 +8,7 @@ def health_router() -> APIRouter:
     """The route."""
     router = APIRouter()
 
-    @router.get("/health", response_model=None)
+    @router.get("/health", response_model=None, include_in_schema=False)
     async def health() -> Response:
         """Says that the process answers, as vLLM does: with no body."""
         return Response()

@@ -34,6 +34,7 @@ class _UploadBody(Body):
     purpose: Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 
 
+_CLIENTS_PURPOSES = [purpose for purpose in Purpose if purpose is not Purpose.BATCH_OUTPUT]
 FILE_OBJECT = record(
     {
         "id": TEXT,
@@ -53,7 +54,7 @@ def files_router(uploads: Uploads, content: FileContent, *, max_upload_bytes: in
     router = APIRouter()
 
     @router.post("/v1/files", response_model=None)
-    @documented(FILE_OBJECT, form=form({"file": FILE, "purpose": one_of(*Purpose)}))
+    @documented(FILE_OBJECT, form=form({"file": FILE, "purpose": one_of(*_CLIENTS_PURPOSES)}))
     async def upload_file(request: Request) -> dict[str, Any]:
         tenant = principal_of(request).tenant
         form = await read_form(request, max_upload_bytes, _FORM_FIELDS)

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from contracts.names import HEADER_REQUEST_ID, HEADER_TRACE_ID
-from gateway.api import anthropic_errors
+from gateway.api import anthropic_errors, open_inference_errors
 from gateway.api.middleware_access import is_protected
 from gateway.api.openapi_schemas import TEXT, Schema, nullable, record
 
@@ -99,7 +99,9 @@ def _document(routes: list[APIRoute]) -> dict[str, Any]:
     document["components"] = {
         "schemas": definitions.get("$defs", {}) | _ERROR_SCHEMAS,
         "headers": _HEADERS,
-        "responses": _error_responses("Error", "") | _error_responses("AnthropicError", "Anthropic"),
+        "responses": _error_responses("Error", "")
+        | _error_responses("AnthropicError", "Anthropic")
+        | _error_responses("InferenceError", "Inference"),
         "securitySchemes": {
             "bearer": {"type": "http", "scheme": "bearer", "description": _SECURITY},
         },
@@ -132,11 +134,16 @@ def _complete(
         operation["security"] = [{"bearer": []}]
         headers |= _LIMITS
     good = {"description": "What was asked for.", "headers": headers, "content": answers}
-    dialect = "Anthropic" if anthropic_errors.is_spoken({"path": path, "headers": []}) else ""
     errors = _ERRORS if content else _ERRORS_WITHOUT_BODY
     operation["responses"] = {str(said.status): good} | {
-        status: {"$ref": f"#/components/responses/{dialect}{name}"} for status, name in errors.items()
+        status: {"$ref": f"#/components/responses/{_dialect(path)}{name}"} for status, name in errors.items()
     }
+
+
+def _dialect(path: str) -> str:
+    if open_inference_errors.is_spoken(path):
+        return "Inference"
+    return "Anthropic" if anthropic_errors.is_spoken({"path": path, "headers": []}) else ""
 
 
 _ERRORS_WITHOUT_BODY = {
@@ -156,6 +163,7 @@ _ERROR_SCHEMAS = {
     "Error": record(
         {"error": record({"message": TEXT, "type": TEXT, "param": nullable(TEXT), "code": TEXT})},
     ),
+    "InferenceError": record({"error": TEXT}),
     "AnthropicError": record(
         {
             "type": {"const": "error"},
