@@ -20,6 +20,7 @@ _BATCH = 128
 _IDLE_S = 5.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _PUBLISH_TIMEOUT_S = 5.0
+_BETWEEN_S = 0.05  # from one look to the next: a batch costs about as much as one message, and people wait meanwhile
 _PRUNE_EVERY_S = 60.0
 _KEPT_S = 600.0  # what was published stays so long, for whoever asks what happened
 
@@ -33,12 +34,15 @@ class Relay:
         self._clock = clock
         self._pause_s = 0.0
         self._prune_at = 0.0
+        self._look_at = 0.0  # what comes after a silence is published at once
 
     async def run(self) -> None:
         """Publishes until cancelled."""
         while True:
             try:
                 await self._outbox.wait(_IDLE_S)
+                await asyncio.sleep(self._look_at - self._clock())
+                self._look_at = self._clock() + _BETWEEN_S
                 while await self._publish_batch():
                     pass
                 await self._prune()

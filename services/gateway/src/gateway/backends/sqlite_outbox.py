@@ -93,7 +93,8 @@ class SqliteOutbox:
                 "UPDATE outbox SET refused = ? WHERE id = ?", [(reason[:1000], row_id) for row_id, reason in refused]
             )
 
-        await self._database.write(unit)
+        # What a power loss takes from this is published once more, which consumers are used to.
+        await self._database.write(unit, survives_power_loss=False)
 
     async def prune(self, older_than_s: float) -> int:
         """Deletes what was published longer ago; returns how many, at most a few thousand in one call."""
