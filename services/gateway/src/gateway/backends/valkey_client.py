@@ -45,7 +45,7 @@ class ScriptCall:
 
 
 class ValkeyClient:
-    """Connects when it is first used, and again when the connection was lost. Every wait is the caller's to bound."""
+    """Connects when it is first used, and again when the connection was lost."""
 
     def __init__(self, url: str) -> None:
         """The url is redis://[user][:password]@host[:port][/db], or rediss:// for TLS."""
@@ -53,23 +53,25 @@ class ValkeyClient:
         self._connection: _Connection | None = None
         self._connecting = asyncio.Lock()
 
-    async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> Any:
-        """Runs a script; raises ValkeyError, OSError."""
-        (reply,) = await self.run_all(script, [ScriptCall(keys, args)])
+    async def run(self, script: Script, keys: Sequence[str], args: Sequence[Argument], *, timeout_s: float) -> Any:
+        """Runs a script; raises ValkeyError, OSError, and TimeoutError where the server takes longer."""
+        (reply,) = await self.run_all(script, [ScriptCall(keys, args)], timeout_s=timeout_s)
         return reply
 
-    async def run_all(self, script: Script, calls: Sequence[ScriptCall]) -> list[Any]:
+    async def run_all(self, script: Script, calls: Sequence[ScriptCall], *, timeout_s: float) -> list[Any]:
         """Runs a script several times in one round trip; raises what the first one that fails raises."""
-        connection = await self._connected()
+        connection = self._connection
+        if connection is None or connection.is_lost:
+            async with asyncio.timeout(timeout_s):
+                connection = await self._connected()
         sent = [connection.send(_command("EVALSHA", script.digest, call)) for call in calls]
-        replies = await asyncio.gather(*sent, return_exceptions=True)
-        for place, call in enumerate(calls):
-            reply = replies[place]
-            if isinstance(reply, ValkeyError) and str(reply).startswith("NOSCRIPT"):
-                replies[place] = await connection.send(_command("EVAL", script.source, call))
-            elif isinstance(reply, BaseException):
-                raise reply
-        return replies
+        await _answered(sent, timeout_s)
+        unknown = [place for place, one in enumerate(sent) if _is_unknown_script(one.exception())]
+        for place in unknown:
+            sent[place] = connection.send(_command("EVAL", script.source, calls[place]))
+        if unknown:
+            await _answered(sent, timeout_s)
+        return [one.result() for one in sent]
 
     def drop(self) -> None:
         """Closes the connection, and fails what waits on it: for one that does not answer. The next call connects."""
@@ -103,6 +105,27 @@ class ValkeyClient:
             connection.abort()
             raise
         return connection
+
+
+async def _answered(sent: Sequence[asyncio.Future[Any]], timeout_s: float) -> None:
+    """Waits until all are answered; raises TimeoutError where the server, rather than this process, is too slow."""
+    try:
+        await asyncio.wait(sent, timeout=timeout_s)
+        # A loop that was busy hears of its timers before it reads what came meanwhile: give it a turn to read.
+        for _ in range(2):
+            if all(one.done() for one in sent):
+                return
+            await asyncio.sleep(0)
+        if not all(one.done() for one in sent):
+            raise TimeoutError
+    except BaseException:
+        for one in sent:
+            one.cancel()
+        raise
+
+
+def _is_unknown_script(error: BaseException | None) -> bool:
+    return isinstance(error, ValkeyError) and str(error).startswith("NOSCRIPT")
 
 
 class _Connection(asyncio.Protocol):

@@ -144,12 +144,12 @@ class ValkeyLimiter:
         request_id = next(self._ids)
         held = tuple(meter for meter in meters if meter.is_held)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                answer = await self._client.run(
-                    _RESERVE,
-                    [meter.name for meter in meters],
-                    [request_id, self._lease_ms, least, most, *_args(meters)],
-                )
+            answer = await self._client.run(
+                _RESERVE,
+                [meter.name for meter in meters],
+                [request_id, self._lease_ms, least, most, *_args(meters)],
+                timeout_s=self._timeout_s,
+            )
         except (ValkeyError, OSError, TimeoutError) as error:
             self._note_failure(error)
             self._settle_later(request_id, held, 0)  # it may have been carried out all the same
@@ -186,7 +186,7 @@ class ValkeyLimiter:
             )
             for one in batch
         ]
-        await self._client.run_all(_SETTLE, calls)
+        await self._client.run_all(_SETTLE, calls, timeout_s=_BACKGROUND_TIMEOUT_S)
         for one in batch:
             if self._unsettled and self._unsettled[0] is one:
                 self._unsettled.popleft()
@@ -199,15 +199,15 @@ class ValkeyLimiter:
         for meter, all_ids in ids.items():
             for first in range(0, len(all_ids), _RENEWED_AT_ONCE):
                 some = all_ids[first : first + _RENEWED_AT_ONCE]
-                await self._client.run(_RENEW, [meter.name], [self._lease_ms, meter.window_ms, *some])
+                args: list[str | int] = [self._lease_ms, meter.window_ms, *some]
+                await self._client.run(_RENEW, [meter.name], args, timeout_s=_BACKGROUND_TIMEOUT_S)
 
     async def _try(self, work: Callable[[], Awaitable[None]]) -> bool:
         """Does something in the background, where Valkey is there to do it."""
         if not self._breaker.permits():
             return False
         try:
-            async with asyncio.timeout(_BACKGROUND_TIMEOUT_S):
-                await work()
+            await work()
         except (ValkeyError, OSError, TimeoutError) as error:
             self._note_failure(error)
             return False
