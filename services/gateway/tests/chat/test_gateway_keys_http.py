@@ -187,9 +187,18 @@ POLICY = {
     ],
     "budget": {"amount": 12.345678, "period": "month"},
     "priority": -3,
+    "weight": 1.0,
     "caches": True,
 }
-NO_POLICY = {"scopes": None, "models": None, "limits": [], "budget": None, "priority": 0, "caches": False}
+NO_POLICY = {
+    "scopes": None,
+    "models": None,
+    "limits": [],
+    "budget": None,
+    "priority": 0,
+    "weight": 1.0,
+    "caches": False,
+}
 
 
 async def test_a_key_is_read_and_changed_as_it_was_written(gateway):

@@ -95,23 +95,17 @@ class PolicyBody(Body):
         return replace(before, **said)
 
 
+LIMIT = record(
+    {"counted": TEXT, "amount": COUNT, "window_s": NUMBER, "algorithm": TEXT, "model": nullable(TEXT)},
+)
 POLICY = record(
     {
         "scopes": nullable(array(TEXT)),
         "models": nullable(array(TEXT)),
-        "limits": array(
-            record(
-                {
-                    "counted": TEXT,
-                    "amount": COUNT,
-                    "window_s": NUMBER,
-                    "algorithm": TEXT,
-                    "model": nullable(TEXT),
-                }
-            )
-        ),
+        "limits": array(LIMIT),
         "budget": nullable(record({"amount": NUMBER, "period": TEXT})),
         "priority": {"type": "integer"},
+        "weight": NUMBER,
         "caches": FLAG,
     }
 )
