@@ -7,7 +7,7 @@ CHECKED := libs services loadtest tests tools
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup checks-env vllm-env up down test test-fast test-vllm unit-gateway unit-services unit-rest lint models protos compose-env loadtest \
+.PHONY: help setup checks-env vllm-env clients-env test-clients up down test test-fast test-vllm unit-gateway unit-services unit-rest lint models protos compose-env loadtest \
 	bench-load bench-perplexity bench-colocation bench-usage bench-gateway bench-engine bench-behaviour bench-greedy bench-gpu bench-overload llama-server
 
 help: ## Show this list
@@ -48,14 +48,20 @@ vllm-env: ## Make the environment that vLLM runs in for test-vllm and bench-engi
 test-vllm: setup models vllm-env ## The engine suite against a real vLLM on the CPU; not a part of make test
 	$(VENV)/python -m pytest -m vllm services/generator
 
+clients-env: ## Make the environment of clients from outside for test-clients (.venv-clients, 2.4 GB)
+	@$(PYTHON) tools/side_env.py clients
+
+test-clients: setup models clients-env ## tritonclient, lm-eval, guidellm and aiperf, unchanged, against a system of its own; not a part of make test
+	$(VENV)/python -m pytest -m clients tests/clients
+
 test: setup models checks-env lint ## Everything: lint, unit, contract, integration, and end to end through the running system
-	$(VENV)/python -m pytest -m "not e2e and not vllm"
+	$(VENV)/python -m pytest -m "not e2e and not vllm and not clients"
 	$(VENV)/python -m pytest -m e2e
 
 test-fast: setup ## Unit tests alone, in three parts at once: under a minute
 	@$(MAKE) --no-print-directory --output-sync=target -j3 unit-gateway unit-services unit-rest
 
-UNIT := -q -p no:cacheprovider -m "not integration and not e2e and not vllm"
+UNIT := -q -p no:cacheprovider -m "not integration and not e2e and not vllm and not clients"
 unit-gateway:
 	@$(VENV)/python -m pytest $(UNIT) services/gateway
 

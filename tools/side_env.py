@@ -3,6 +3,7 @@
 
 usage: python3 tools/side_env.py checks    .venv-checks: kubectl, kubernetes-validate and checkov      (make checks-env)
        python3 tools/side_env.py vllm      .venv-vllm: vLLM for the CPU, for tests and measurements      (make vllm-env)
+       python3 tools/side_env.py clients   .venv-clients: clients from outside, as they are shipped   (make clients-env)
        python3 tools/side_env.py peers-openvino | peers-llamacpp      peers of the engine      (make bench-engine)
        python3 tools/side_env.py peers-gateway    peers of the gateway    (make bench-gateway)
 
@@ -63,6 +64,7 @@ ENVS = {
     for env in (
         SideEnv("checks", "tools that check k8s/"),
         SideEnv("vllm", "vLLM for the CPU", True),
+        SideEnv("clients", "clients from outside", True),
         SideEnv("peers-openvino", "OpenVINO GenAI"),
         SideEnv("peers-llamacpp", "llama.cpp"),
         SideEnv("peers-gateway", "LiteLLM's proxy and Envoy"),

@@ -69,14 +69,16 @@ def test_everything_else_is_denied_but_names_and_metrics(cluster):
     assert [port["port"] for port in rule["ports"]] == [8000] and "namespaceSelector" in rule["from"][0]
 
 
-def test_the_gateways_http_side_alone_is_open(cluster):
+def test_the_gateways_sides_that_ask_for_keys_are_open_alone(cluster):
     open_to_all = [
         (name, [port["port"] for port in rule["ports"]])
         for name, spec in _policies(cluster)
         for rule in spec.get("ingress", [])
         if not rule.get("from")
     ]
-    assert open_to_all == [("gateway", [8000])]
+    assert open_to_all == [("gateway", [8000, 8001])]
+    told = cluster.environment("gateway")
+    assert (told["GATEWAY_HTTP_PORT"], told["GATEWAY_PUBLIC_GRPC_PORT"]) == ("8000", "8001")
     assert [rule for _, spec in _policies(cluster) for rule in spec.get("egress", []) if not rule.get("to")] == []
 
 

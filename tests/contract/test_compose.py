@@ -114,7 +114,10 @@ def test_a_container_runs_an_image_of_ours_with_a_version(name):
 
 def test_only_the_gateway_is_published_and_only_to_this_machine():
     assert {name for name in BLOCKS if "ports" in BLOCKS[name]} == {"gateway"}
-    assert BLOCKS["gateway"]["ports"] == ["127.0.0.1:${PRESSROOM_PORT:-8000}:8000"]
+    published = ["127.0.0.1:${PRESSROOM_PORT:-8000}:8000", "127.0.0.1:${PRESSROOM_GRPC_PORT:-8001}:8001"]
+    assert BLOCKS["gateway"]["ports"] == published
+    # What is published of gRPC asks for keys: never the port that believes what our services say of tenants.
+    assert BLOCKS["gateway"]["environment"]["GATEWAY_PUBLIC_GRPC_PORT"] == "8001"
     assert {name for name in BLOCKS if BLOCKS[name]["networks"] != ["inside"]} == {"gateway"}
     assert COMPOSE["networks"]["inside"] == {"internal": True}
 

@@ -113,8 +113,8 @@ def test_what_is_no_time_is_refused_before_anybody_is_asked(gateway: Gateway, sa
 
 def test_setting_a_tenant_that_is_not_there_makes_it(gateway: Gateway) -> None:
     gateway.missing.add("PATCH /admin/tenants/acme")
-    assert run("tenants", "set", "acme", "--priority", "1", "--allow-text").exit_code == 0
-    body = {"allows_text": True, "policy": {"priority": 1}}
+    assert run("tenants", "set", "acme", "--weight", "2", "--allow-text").exit_code == 0
+    body = {"allows_text": True, "policy": {"weight": 2.0}}
     assert gateway.asked == [("PATCH", "/admin/tenants/acme", body), ("PUT", "/admin/tenants/acme", body)]
 
 

@@ -7,11 +7,12 @@ import sqlite3
 import pytest
 
 from chassis.errors import Code, PlatformError
+from gateway.api.http_admin_audit import shape
 from gateway.backends import sqlite_audit
 from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_audit import SqliteAudit
 from gateway.backends.sqlite_schema import MIGRATIONS
-from gateway.core.audit import START, Anchor, Change, link, read_anchor
+from gateway.core.audit import START, Anchor, AuditFilter, Change, link, read_anchor
 
 NUM_ROWS = 4500  # more than one read takes
 
@@ -111,6 +112,15 @@ async def test_a_row_that_was_changed_is_found(copy, statements, broken_at):
         connection.execute(statement)
     chain = await verified(path)
     assert chain.broken_at == broken_at and chain.problem
+
+
+async def test_a_log_that_was_changed_can_still_be_listed(copy):
+    connection, path = copy
+    connection.execute("UPDATE audit SET details_json = '{' WHERE sequence = 4500")
+    database = await Database.open(path, MIGRATIONS)
+    (row,) = await SqliteAudit(database).newest(AuditFilter(), limit=1, before=None)
+    assert shape(row)["details"] == "{"
+    await database.close()
 
 
 @pytest.mark.parametrize("num_left", [0, 1, 2000, 4499])

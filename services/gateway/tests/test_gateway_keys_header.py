@@ -27,6 +27,13 @@ def test_one_credential_is_read_from_either_header(sent):
     assert credential_of(headers(*sent)) == KEY
 
 
+def test_a_token_may_be_longer_than_a_key_but_not_endless():
+    assert credential_of(headers(("authorization", "Bearer " + "a" * 8192))) == "a" * 8192
+    for name, value in (("authorization", "Bearer " + "a" * 8193), ("x-api-key", "a" * 257)):
+        with pytest.raises(PlatformError):
+            credential_of(headers((name, value)))
+
+
 TRICKS = {
     "nothing": [],
     "empty": [("authorization", "")],

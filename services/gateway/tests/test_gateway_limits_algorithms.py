@@ -258,6 +258,20 @@ def test_what_was_reserved_and_not_used_is_there_for_the_next_at_once(algorithm)
     assert not limiter.judge(tokens, 1, 1).allowed
 
 
+@pytest.mark.parametrize("algorithm", Algorithm)
+def test_the_moment_that_is_told_is_the_first_that_passes(algorithm):
+    clock = MsClock()
+    limiter = LocalLimiter(clock=clock)
+    requests = (meter(Counted.REQUESTS, 3, algorithm=algorithm, window_s=1.0),)
+    verdict = limiter.judge(requests, 0, 0)
+    while verdict.allowed:
+        verdict = limiter.judge(requests, 0, 0)
+    clock.advance_ms(round(verdict.standings[0].retry_s * 1000) - 1)
+    assert not limiter.judge(requests, 0, 0).allowed
+    clock.advance_ms(1)
+    assert limiter.judge(requests, 0, 0).allowed
+
+
 def test_tokens_that_a_request_may_have_fewer_of_are_shared_out_to_the_last():
     limiter = LocalLimiter(clock=MsClock())
     tokens = (meter(Counted.TOKENS, 100),)

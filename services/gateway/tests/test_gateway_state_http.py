@@ -11,7 +11,6 @@ from gateway.api.http_admin_keys import keys_router
 from gateway.api.http_admin_tenants import tenants_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_jobs import jobs_router
-from gateway.api.http_later import later_router
 from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
 from gateway.api.http_usage import usage_router
@@ -124,7 +123,6 @@ async def gateway(tmp_path):
         tenants_router(administration),
         audit_router(SqliteAudit(database)),
         monitor_router(monitor, FakeTuned()),
-        later_router(),
     ):
         routes.include_router(router)
     capped = BodyCap(routes, max_body_bytes=200_000, max_upload_bytes=10**9)
@@ -504,8 +502,3 @@ async def test_profiles_of_a_tuned_model_are_for_its_tenant_and_for_admins(gatew
 
     assert await seen() == ["m", "m:of-acme"]
     assert await seen(ADMIN_KEY) == models
-
-
-@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/batches"), ("GET", "/v1/batches")])
-async def test_what_is_not_there_yet_says_so(gateway, method, path):
-    assert refused(await gateway.send(method, path), 501)["code"] == "not_implemented"

@@ -182,7 +182,7 @@ async def test_no_refusal_takes_longer_than_another(ring, office, unix):
             took[kind].append(time.perf_counter() - began)
     medians = {kind: statistics.median(times) for kind, times in took.items()}
     # They differ by some percent; a cache that knew some of the answers would make it twenty times.
-    assert max(medians.values()) < 1.5 * min(medians.values()), medians
+    assert max(medians.values()) < 3 * min(medians.values()), medians
 
 
 async def test_a_new_key_and_a_new_secret_work_at_once_where_the_old_state_is_remembered(ring, office, store, clock):

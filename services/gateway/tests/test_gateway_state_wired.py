@@ -115,6 +115,8 @@ async def running(data_dir, nats_url, valkey_url):
             bootstrap_admin_key=ADMIN_KEY,
             max_upload_bytes=8 * 1024 * 1024,
             max_tenant_upload_bytes=64 * 1024 * 1024,
+            max_body_bytes=64 * 1024,
+            max_batch_lines_in_flight=2,
             request_timeout_s=30,
             bus=bus,
             graphs=assemble(read_graphs(GRAPHS_DIR), services),

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
+import grpc.aio
 import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -44,6 +45,7 @@ class App:
         self._closers: list[Closer] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self._servicers: list[str] = []
+        self._more_grpc: list[grpc.aio.Server] = []
         self._http_app: ASGIApp | None = None
         self._phase = "starting"
         self._failed = False
@@ -56,6 +58,13 @@ class App:
         """Offers a gRPC service; `service_full_name` is the proto's, for health and reflection."""
         add_servicer_to_server(servicer, self._grpc)
         self._servicers.append(service_full_name)
+
+    def add_grpc_port(self, port: int) -> grpc.aio.Server:
+        """Opens a second port for those who may not reach the services of add_grpc; the caller adds services to it."""
+        server = rpc.make_server(self.name, self._settings.max_connection_age_s)
+        server.add_insecure_port(f"{self._settings.host}:{port}")
+        self._more_grpc.append(server)
+        return server
 
     def mount_http(self, asgi_app: ASGIApp) -> None:
         """Serves an ASGI app beside /healthz, /readyz and /metrics."""
@@ -150,7 +159,8 @@ class App:
         names = (*self._servicers, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._grpc)
         self._grpc.add_insecure_port(f"{self._settings.host}:{self._settings.grpc_port}")
-        await self._grpc.start()
+        for server in (self._grpc, *self._more_grpc):
+            await server.start()
         self._phase = "running"
         self.spawn("health", self._watch_health())
         log.info(
@@ -165,7 +175,8 @@ class App:
         await self._run_all("drain", self._drainers)
         http.should_exit = True
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._grpc.stop(grace_s))
+            for server in (self._grpc, *self._more_grpc):
+                group.create_task(server.stop(grace_s))
             group.create_task(_settled(http_task, grace_s + 2))
         for task in tuple(self._tasks):
             task.cancel()

@@ -149,18 +149,23 @@ class ServerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     ) -> grpc.RpcMethodHandler:
         handler = await continuation(details)
         method = details.method
-        if handler is None or method.startswith(_QUIET_METHODS) or handler.request_streaming:
+        is_stream_to_one = handler is not None and handler.request_streaming and not handler.response_streaming
+        if handler is None or method.startswith(_QUIET_METHODS) or is_stream_to_one:
             return handler
         if handler.response_streaming:
+            behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else grpc.unary_stream_rpc_method_handler
+            )
 
             async def stream(request: Any, rpc_context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
                 async with self._served(method, rpc_context):
-                    async for response in handler.unary_stream(request, rpc_context):
+                    async for response in behavior(request, rpc_context):
                         yield response
 
-            return grpc.unary_stream_rpc_method_handler(
-                stream, handler.request_deserializer, handler.response_serializer
-            )
+            return make(stream, handler.request_deserializer, handler.response_serializer)
 
         async def unary(request: Any, rpc_context: grpc.aio.ServicerContext) -> Any:
             async with self._served(method, rpc_context):

@@ -77,7 +77,7 @@ SUBJECTS: tuple[Subject, ...] = (
         events_pb2.RequestCancel,
         None,
         "gateway",
-        ("generator", "retriever", "trainer", "evaluator"),
+        ("gateway", "generator", "retriever", "trainer", "evaluator"),
     ),
 )
 

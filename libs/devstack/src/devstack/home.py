@@ -111,10 +111,11 @@ _CLIENT_KEYS: Mapping[str, Callable[[], str]] = {"PRESSROOM_API_KEY": new_key, "
 _INTERNAL = ("KEY_PEPPER", "NATS_PASSWORD", "VALKEY_PASSWORD")
 
 
-def ensure_env(home: Home, base_url: str) -> dict[str, str]:
-    """Writes the env file, keeping the keys it has; returns it."""
+def ensure_env(home: Home, base_url: str, grpc_addr: str) -> dict[str, str]:
+    """Writes the env file, keeping the keys it has; returns it. grpc_addr: where gRPC clients with a key go."""
     pairs = read_pairs(home.env_file)
-    wanted = {"PRESSROOM_BASE_URL": base_url} | {k: pairs.get(k) or make() for k, make in _CLIENT_KEYS.items()}
+    keys = {k: pairs.get(k) or make() for k, make in _CLIENT_KEYS.items()}
+    wanted = {"PRESSROOM_BASE_URL": base_url} | keys | {"PRESSROOM_GRPC_ADDR": grpc_addr}
     merged = pairs | wanted
     if merged != pairs or home.env_file.stat().st_mode & 0o777 != 0o600:
         write_private(home.env_file, "".join(f"{k}={v}\n" for k, v in merged.items()))

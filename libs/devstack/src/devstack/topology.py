@@ -15,7 +15,7 @@ from devstack.specs import Spec, Tier
 HOST = "127.0.0.1"
 LLM, ENCODER = MODELS = ("smollm2-135m-instruct", "all-minilm-l6-v2")
 
-# Offsets from the base port. "gateway.http" is the one that people use.
+# Offsets from the base port. "gateway.http" and "gateway.public_grpc" are those that people use.
 PORT_OFFSETS: Mapping[str, int] = {
     "gateway.http": 0,
     "gateway.grpc": 1,
@@ -35,6 +35,7 @@ PORT_OFFSETS: Mapping[str, int] = {
     "nats.http": 15,
     "valkey": 16,
     "milvus": 17,
+    "gateway.public_grpc": 18,
 }
 
 
@@ -78,6 +79,7 @@ def _gateway(wiring: Wiring) -> dict[str, str]:
     others = ("embedder", "retriever", "generator", "evaluator", "trainer", "monitor")
     return {f"{name.upper()}_ADDR": wiring.addr(name) for name in others} | {
         "VALKEY_URL": f"redis://:{wiring.secrets['VALKEY_PASSWORD']}@{HOST}:{wiring.ports['valkey']}/0",
+        "PUBLIC_GRPC_PORT": str(wiring.ports["gateway.public_grpc"]),
         "DATA_DIR": str(wiring.home.data / "gateway"),
         "KEY_PEPPER": wiring.secrets["KEY_PEPPER"],
         "BOOTSTRAP_API_KEY": wiring.client_env["PRESSROOM_API_KEY"],

@@ -110,7 +110,8 @@ def _prepare(settings: Settings, home: Home, checklist: Checklist) -> dict[str, 
         raise UpFailed("a port is taken", lines, "end that process, or take free ports: PRESSROOM_PORT=0 make up")
     write_private(home.ports_file, json.dumps(chosen))
     ensure_secrets(home)
-    env = ensure_env(home, f"http://{topology.HOST}:{chosen['gateway.http']}/v1")
+    base_url = f"http://{topology.HOST}:{chosen['gateway.http']}/v1"
+    env = ensure_env(home, base_url, f"{topology.HOST}:{chosen['gateway.public_grpc']}")
     if not environment.is_current():
         checklist.note(_CHECKS, "the environment is older than its lock: make setup")
     else:

@@ -28,8 +28,9 @@ B = TypeVar("B")
 
 # The embedder batches for itself and refuses where its own queue is full: this bounds what one gateway sends it.
 _EMBEDDER_REQUESTS = CapacityBounds(start=64, least=4, most=256)
-# Nobody else can answer: somebody must find out soon that it is back.
-_LONGEST_OPEN_ALONE_S = 2.0
+# Nobody else can answer: somebody must find out soon that it is back. And it may be several replicas behind one name:
+# where one dies with all its streams, what is broken off says nothing of the others.
+_ALONE = CircuitRules(row_s=0.25, least_outcomes=2**31, longest_open_s=2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ def _lane(backend: str, running: CapacityBounds, bounds: QueueBounds) -> tuple[L
 
 
 def _guard(service: str, targets: Mapping[str, B], meter: LaneMeter, capacity: Capacity | None = None) -> Guard[B]:
-    rules = CircuitRules() if len(targets) > 1 else CircuitRules(longest_open_s=_LONGEST_OPEN_ALONE_S)
+    rules = CircuitRules() if len(targets) > 1 else _ALONE
     backends = [Backend(address, target, Circuit(rules)) for address, target in targets.items()]
     for backend in backends:
         meter.watch_breaker(backend.name, backend.breaker)

@@ -60,6 +60,7 @@ async def compose(app: App, settings: GatewaySettings, declarations: list[Declar
             ),
             idempotency=state.idempotency,
             routers=state.routers,
+            in_process=state.in_process,
         )
     )
 
@@ -101,6 +102,8 @@ async def _open_state(
         bootstrap_admin_key=admin_key.get_secret_value() if admin_key else None,
         max_upload_bytes=settings.max_upload_bytes,
         max_tenant_upload_bytes=settings.max_tenant_upload_bytes,
+        max_body_bytes=settings.max_body_bytes,
+        max_batch_lines_in_flight=settings.max_batch_lines_in_flight,
         request_timeout_s=settings.request_timeout_s,
         cache_ttl_s=settings.cache_ttl_s,
         local_limit_share=settings.local_limit_share,
@@ -110,8 +113,12 @@ async def _open_state(
         oidc=_oidc(settings),
     )
     app.on_close(state.close)
-    for add_to_server, servicer, name in state.servicers:
+    for add_to_server, servicer, name in (*state.servicers, *state.public_servicers):
         app.add_grpc(add_to_server, servicer, name)
+    if settings.public_grpc_port is not None:
+        server = app.add_grpc_port(settings.public_grpc_port)
+        for add_to_server, servicer, _ in state.public_servicers:
+            add_to_server(servicer, server)
     for name, run in state.tasks:
         app.spawn(name, run())
     return state

@@ -74,6 +74,15 @@ class GatewaySettings(ServiceSettings):
     max_tenant_upload_bytes: int = Field(
         4 * 1024**3, ge=1024, description="Most bytes that one tenant may keep in /v1/files."
     )
+    max_batch_lines_in_flight: int = Field(
+        4, ge=1, le=256, description="Most lines of batches that are being answered at a time, all batches together."
+    )
+    public_grpc_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port of the gRPC services for clients outside, which check keys; grpc_port is for our services.",
+    )
     oidc_audience: str | None = Field(None, min_length=1, description="The aud that tokens (JWT) must have.")
     oidc_jwks_file: Path | None = Field(None, description="File with the issuer's public keys (JWKS).")
     oidc_jwks_url: str | None = Field(

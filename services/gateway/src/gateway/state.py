@@ -16,7 +16,10 @@ from fastapi import APIRouter
 from pressroom.gateway.v1 import gateway_pb2_grpc
 
 from chassis.bus import Bus
+from chassis.jobs import Cancellations
+from contracts.jobs import decode_cancel
 from contracts.names import DEFAULT_TENANT
+from gateway.api.batch_worker import BatchWorker
 from gateway.api.consumers import JobConsumer, RevocationListener
 from gateway.api.grpc_files import FileServicer
 from gateway.api.grpc_graphs import GraphServicer
@@ -27,10 +30,15 @@ from gateway.api.http_admin_tenants import tenants_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
-from gateway.api.http_later import later_router
 from gateway.api.http_monitor import monitor_router
 from gateway.api.http_search import search_router
 from gateway.api.http_usage import usage_router
+from gateway.api.in_process import InProcess
+from gateway.api.open_inference import OpenInference
+from gateway.api.open_inference_grpc import ADD_TO_SERVER, SERVICE, InferenceServicer
+from gateway.api.open_inference_rest import open_inference_router
+from gateway.api.openai_batches import PATH as BATCHES
+from gateway.api.openai_batches import batches_router
 from gateway.api.openai_files import files_router
 from gateway.api.openai_finetuning import finetuning_router
 from gateway.api.relay import Relay
@@ -45,6 +53,7 @@ from gateway.backends.oidc import OidcVerifier
 from gateway.backends.retriever_documents import RetrieverDocuments
 from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_audit import SqliteAudit
+from gateway.backends.sqlite_batches import SqliteBatches
 from gateway.backends.sqlite_documents import SqliteDocuments
 from gateway.backends.sqlite_finetuning import SqliteEvaluations, SqliteFinetunes
 from gateway.backends.sqlite_idempotency import SqliteIdempotency
@@ -61,6 +70,8 @@ from gateway.backends.trainer_runs import TrainerRuns
 from gateway.backends.valkey_cache import ValkeyCache
 from gateway.backends.valkey_limits import ValkeyLimiter
 from gateway.core.administration import Administration
+from gateway.core.batch_run import BatchRunner
+from gateway.core.batches import Batches
 from gateway.core.catalog import Catalog
 from gateway.core.documents import Library
 from gateway.core.evaluations import Evaluations
@@ -74,6 +85,7 @@ from gateway.core.limits import LocalLimiter
 from gateway.core.money import put_declared
 from gateway.core.platform_limits import PlatformLimits
 from gateway.core.ports import Keys, Ledger, RequestLimiter
+from gateway.core.readiness import Readiness
 from gateway.core.repeats import Repeats
 from gateway.core.services import Embedder, Generator
 from gateway.core.serving import NoStage, Serving, Stage
@@ -82,6 +94,10 @@ from gateway.core.tokens import Credentials, Tokens
 from gateway.core.uploads import Uploads
 
 ADMIN_TENANT = "admin"
+_PROBE_TIMEOUT_S = 1.0
+
+Servicer = tuple[Callable[[Any, Any], None], object, str]
+"""What adds it to a server, itself, and its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +119,8 @@ class State:
     """What main needs of the gateway's state.
 
     routers: to include in the HTTP app, after the authentication middleware (request.state.principal is read).
-    servicers: what app.add_grpc takes.
+    in_process: asks the HTTP app in the name of batches, once the app is made.
+    servicers: what app.add_grpc takes; public_servicers too, and they check keys by themselves.
     tasks: name and coroutine function of what runs until cancelled, for app.spawn(name, fn()).
     close: for app.on_close; waits for what is being written.
     """
@@ -115,8 +132,10 @@ class State:
     catalog: Catalog
     serving: Serving
     idempotency: IdempotencyKeys
+    in_process: InProcess
     routers: tuple[APIRouter, ...]
-    servicers: tuple[tuple[Callable[[Any, Any], None], object, str], ...]
+    servicers: tuple[Servicer, ...]
+    public_servicers: tuple[Servicer, ...]
     tasks: tuple[tuple[str, Callable[[], Coroutine[Any, Any, None]]], ...]
     close: Callable[[], Awaitable[None]]
 
@@ -130,6 +149,8 @@ async def open_state(
     bootstrap_admin_key: str | None,
     max_upload_bytes: int,
     max_tenant_upload_bytes: int,
+    max_body_bytes: int,
+    max_batch_lines_in_flight: int,
     request_timeout_s: float,
     cache_ttl_s: float = 3600.0,
     bus: Bus,
@@ -154,6 +175,7 @@ async def open_state(
     documents = SqliteDocuments(database, outbox)
     kept = SqliteUploads(database, max_tenant_bytes=max_tenant_upload_bytes)
     finetunes = SqliteFinetunes(database, outbox)
+    batches = SqliteBatches(database, outbox)
     files = DirectoryFiles(files_dir)
     control = BusControl(bus)
     index = RetrieverDocuments(peers.retriever)
@@ -192,6 +214,24 @@ async def open_state(
         await administration.configure_key(bootstrap_admin_key, ADMIN_TENANT, is_admin=True, allows_text=False)
     await files.sweep(await documents.file_ids() | await kept.file_ids())
 
+    inference = OpenInference(serving, catalog, peers.embedder)
+    readiness = Readiness(
+        (
+            partial(peers.generator.list_models, timeout_s=_PROBE_TIMEOUT_S),
+            partial(peers.embedder.list_models, timeout_s=_PROBE_TIMEOUT_S),
+        )
+    )
+    in_process = InProcess(accounted_as=BATCHES)
+    runner = BatchRunner(
+        batches,
+        kept,
+        files,
+        in_process,
+        keys,
+        max_in_flight=max_batch_lines_in_flight,
+        max_line_bytes=max_body_bytes,
+    )
+    batch_worker = BatchWorker(bus, runner, Cancellations(decode_cancel))
     job_consumer = JobConsumer(bus, jobs, files, control)
 
     async def close() -> None:
@@ -209,6 +249,7 @@ async def open_state(
         catalog=catalog,
         serving=serving,
         idempotency=IdempotencyKeys(idempotency, key_pepper.encode()),
+        in_process=in_process,
         routers=(
             documents_router(library, max_upload_bytes=max_upload_bytes),
             files_router(Uploads(files, kept), files, max_upload_bytes=max_upload_bytes),
@@ -222,7 +263,8 @@ async def open_state(
             audit_router(SqliteAudit(database)),
             limits_router(platform_limits),
             monitor_router(MonitorProfiles(peers.monitor), finetunes),
-            later_router(),
+            open_inference_router(inference, readiness),
+            batches_router(Batches(batches, kept, events.batch_job), control),
         ),
         servicers=(
             (
@@ -236,11 +278,20 @@ async def open_state(
                 "pressroom.gateway.v1.GraphService",
             ),
         ),
+        public_servicers=(
+            (
+                ADD_TO_SERVER,
+                InferenceServicer(inference, readiness, keys, limiter, recorder, timeout_s=request_timeout_s),
+                SERVICE,
+            ),
+        ),
         tasks=(
             ("outbox-relay", Relay(outbox, bus).run),
             ("job-progress", job_consumer.consume_progress),
             ("dead-jobs", job_consumer.consume_dead_jobs),
             ("idempotency-keys", idempotency.prune_forever),
+            ("batches", batch_worker.consume),
+            ("batch-cancellations", batch_worker.listen),
             ("revoked-keys", RevocationListener(bus, keys).listen),
             ("left-requests", partial(recover, ledger, ledger, peers.usages)),
             *((("token-keys", oidc.run),) if oidc else ()),

@@ -12,7 +12,6 @@ from gateway.api.http import Limits, make_app
 from gateway.api.http_admin_audit import audit_router
 from gateway.api.http_admin_keys import keys_router
 from gateway.api.http_admin_tenants import tenants_router
-from gateway.api.http_later import later_router
 from gateway.api.middleware_account import Recorder
 from gateway.backends.sqlite import Database
 from gateway.backends.sqlite_audit import SqliteAudit
@@ -79,7 +78,7 @@ async def gateway(world, tmp_path):
         limiter=LocalLimiter(),
         recorder=Recorder(world.ledger),
         limits=Limits(timeout_s=30.0, max_body_bytes=64 * 1024, max_upload_bytes=1024 * 1024),
-        routers=(keys_router(office), tenants_router(office), audit_router(SqliteAudit(database)), later_router()),
+        routers=(keys_router(office), tenants_router(office), audit_router(SqliteAudit(database))),
     )
     made = Gateway(app, database, office, world.ledger)
     yield made
@@ -99,7 +98,7 @@ async def test_a_key_with_a_scope_may_use_its_routes_and_no_others(gateway, scop
     for name, (method, path, body) in ROUTES.items():
         answer = await gateway.send(method, path, key, body)
         if name == scope:
-            assert answer.status_code in (200, 501), answer.text
+            assert answer.status_code in (200, 404), answer.text  # not every route is there, but none is forbidden
         else:
             assert name in refused(answer, 403, "scope_missing")["message"]
     refused(await gateway.send("GET", "/v1/unheard-of", key), 403, "scope_missing")
@@ -187,7 +186,7 @@ POLICY = {
     ],
     "budget": {"amount": 12.345678, "period": "month"},
     "priority": -3,
-    "weight": 1.0,
+    "weight": 2.5,
     "caches": True,
 }
 NO_POLICY = {
@@ -255,6 +254,7 @@ async def test_money_is_kept_to_the_millionth(gateway, amount, micros):
         ({"policy": {"budget": {"amount": 1, "period": "week"}}}, "policy.budget.period"),
         ({"policy": {"priority": 101}}, "policy.priority"),
         ({"policy": {"priority": "high"}}, "policy.priority"),
+        ({"policy": {"weight": 0}}, "policy.weight"),
         ({"policy": {"caches": 1}}, "policy.caches"),
         ({"policy": {"colour": 1}}, "policy.colour"),
         ({"policy": []}, "policy"),
@@ -269,15 +269,14 @@ async def test_money_is_kept_to_the_millionth(gateway, amount, micros):
         ({"key": "chosen"}, "key"),
     ],
 )
-@pytest.mark.parametrize("method", ["POST", "PATCH"])
-async def test_a_bad_key_is_refused_with_the_field_and_nothing_is_written(gateway, body, param, method):
+async def test_a_bad_key_is_refused_with_the_field_and_nothing_is_written(gateway, body, param):
     key_id, _ = await gateway.key()
     before = await gateway.office.keys()
-    path = "/admin/keys" if method == "POST" else f"/admin/keys/{key_id}"
-    answer = await gateway.send(method, path, body=body)
-    is_past = body == {"expires_at": 1}  # nothing is wrong with the field itself: it comes too late
-    assert answer.status_code == (409 if is_past else 400), answer.text
-    assert answer.json()["error"]["param"].startswith(param), answer.text
+    expected = 409 if body == {"expires_at": 1} else 400  # nothing is wrong with the field itself: it comes too late
+    for method, path in (("POST", "/admin/keys"), ("PATCH", f"/admin/keys/{key_id}")):
+        answer = await gateway.send(method, path, body=body)
+        assert answer.status_code == expected, answer.text
+        assert answer.json()["error"]["param"].startswith(param), answer.text
     assert await gateway.office.keys() == before
 
 

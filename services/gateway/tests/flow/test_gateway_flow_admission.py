@@ -105,22 +105,35 @@ async def test_a_tenant_with_long_prompts_does_not_starve_short_ones():
     assert all(name.startswith("short") for name in sender.began[2:20])
 
 
-async def test_more_sequences_take_more_places_and_wider_than_all_runs_alone():
-    lane = make_lane(4)
+async def test_more_sequences_take_more_places_and_none_waits_until_it_is_alone():
+    lane = make_lane(8)
     sender = Sender(lane)
     three = sender.send("three", n=3)
     await settle()
-    two, wide = sender.send("two", n=2), sender.send("wide", n=5, num=30)
+    wide, two = sender.send("wide", n=5, num=30), sender.send("two", n=2)
     await settle()
-    assert sender.began == ["three"] and lane.num_running == 3
+    assert sender.began == ["three", "wide"] and lane.num_running == 3 + 4
     three.end()
     await settle()
-    assert sender.began == ["three", "two"]
-    two.end()
+    assert sender.began == ["three", "wide", "two"] and lane.num_running == 4 + 2
+    for task in (wide, two):
+        task.end()
+    await asyncio.gather(three, wide, two)
+    assert lane.num_running == 0
+
+
+async def test_who_waited_longer_than_expected_and_would_be_late_makes_way_for_who_is_not():
+    lane, _ = await learned_lane(seconds=0.2)
+    sender = Sender(lane)
+    running, late, fine = sender.send("running"), sender.send("late", within_s=0.9), sender.send("fine")
     await settle()
-    assert sender.began == ["three", "two", "wide"] and lane.num_running == 4
-    wide.end()
-    await wide
+    assert lane.num_waiting == 2
+    await asyncio.sleep(0.75)  # the one that runs takes three times as long as those before it
+    running.end()
+    await eventually(lambda: sender.began == ["running", "fine"])
+    assert late.exception().code is Code.OVERLOADED and lane._meter.causes == [Cause.DEADLINE]
+    fine.end()
+    await asyncio.gather(running, fine)
 
 
 async def test_jobs_never_go_before_people_and_hold_a_part_of_the_places():
@@ -251,7 +264,7 @@ async def test_an_answer_that_would_come_after_its_deadline_is_not_begun():
     lane, _ = await learned_lane(seconds=10)
     running = Sender(lane).send("running")
     await settle()
-    for within_s, is_refused in ((15.0, True), (25.0, False)):
+    for within_s, is_refused in ((15.0, True), (40.0, False)):
         task = Sender(lane).send("next", within_s=within_s)
         await settle()
         assert task.done() is is_refused

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -266,8 +267,7 @@ async def test_calls_are_guarded_as_streams_are():
 
 def make_breaker(**changes):
     clock = FakeClock()
-    rules = {"consecutive": 3, "least_outcomes": 10, "window_s": 10, "first_open_s": 1, "longest_open_s": 8} | changes
-    return Circuit(CircuitRules(**rules), clock, lambda: 1.0), clock
+    return Circuit(replace(RULES, **changes), clock, lambda: 1.0), clock
 
 
 def fail(breaker, num=1):
@@ -284,6 +284,21 @@ def test_a_breaker_opens_after_failures_in_a_row_and_not_before():
     assert breaker.admits
     fail(breaker)
     assert breaker.state is CircuitState.OPEN and not breaker.admits and breaker.open_s == 1
+
+
+def test_what_breaks_off_at_one_moment_opens_no_breaker_of_an_only_backend():
+    breaker, clock = make_breaker(row_s=0.25, least_outcomes=1000)
+    fail(breaker, 20)
+    assert breaker.admits
+    clock.advance(0.1)
+    breaker.succeeded()  # by another replica behind the same name
+    fail(breaker, 3)
+    clock.advance(0.2)
+    fail(breaker)
+    assert breaker.admits
+    clock.advance(0.1)
+    fail(breaker)
+    assert not breaker.admits
 
 
 def test_a_breaker_opens_where_half_fail():

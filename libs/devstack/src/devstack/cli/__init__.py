@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from devstack.cli import access, audit, content, models, system
+from devstack.cli import access, audit, content, ledger, models, system
 from devstack.cli.failures import report
 from devstack.cli.output import examples
 
@@ -21,6 +21,7 @@ system.register(app)
 content.register(app)
 access.register(app)
 audit.register(app)
+ledger.register(app)
 models.register(app)
 
 

@@ -193,6 +193,9 @@ def set_tenant(
     budget: Budget = None,
     budget_period: BudgetPeriod = "total",
     priority: Priority = None,
+    weight: Annotated[
+        float | None, typer.Option("--weight", help="Its share of a busy model beside other tenants'; 1 is one part.")
+    ] = None,
     caches: Caches = None,
     as_json: _Json = False,
 ) -> None:
@@ -200,7 +203,9 @@ def set_tenant(
     from devstack.api import ApiError
 
     body: dict[str, Any] = {} if allows_text is None else {"allows_text": allows_text}
-    if policy := policy_body(scopes, models, tokens_per_minute, concurrency, budget, budget_period, priority, caches):
+    policy = policy_body(scopes, models, tokens_per_minute, concurrency, budget, budget_period, priority, caches)
+    policy |= {} if weight is None else {"weight": weight}
+    if policy:
         body["policy"] = policy
     api = admin()
     try:

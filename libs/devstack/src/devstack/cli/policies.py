@@ -56,14 +56,14 @@ def policy_body(
     return policy
 
 
-def unix_s_of(text: str) -> int:
+def unix_s_of(text: str, option: str = "--expires") -> int:
     """Reads a length of time from now, or a day, as a Unix time."""
     if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
         try:
             return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp())
         except ValueError:
-            raise CommandFailed(f"--expires: there is no day {text}") from None
-    return int(time.time()) + seconds_of(text, "--expires")
+            raise CommandFailed(f"{option}: there is no day {text}") from None
+    return int(time.time()) + seconds_of(text, option)
 
 
 def seconds_of(text: str, option: str) -> int:

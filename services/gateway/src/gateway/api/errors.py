@@ -75,6 +75,8 @@ def error_response(error: PlatformError, scope: Scope) -> Response:
     """The whole answer for an error of the request with that scope."""
     if anthropic_errors.is_spoken(scope):
         content = anthropic_errors.envelope(error, scope["state"]["request_id"])
+    elif scope["path"].startswith("/v2/"):  # clients of the Open Inference Protocol read a text there
+        content = {"error": error.message}
     else:
         content = envelope(error)
     return Response(

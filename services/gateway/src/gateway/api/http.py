@@ -10,6 +10,8 @@ from starlette.types import ASGIApp
 
 from gateway.api import errors, openapi
 from gateway.api.anthropic_messages import messages_router
+from gateway.api.http_health import health_router
+from gateway.api.in_process import InProcess
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, Permission, RateLimit
 from gateway.api.middleware_account import Accounting
@@ -50,8 +52,12 @@ def make_app(
     limits: Limits,
     idempotency: IdempotencyKeys | None = None,
     routers: Iterable[APIRouter] = (),
+    in_process: InProcess | None = None,
 ) -> ASGIApp:
-    """Makes the application; `routers` are those of the gateway's state (documents, jobs, search, admin)."""
+    """Makes the application; `routers` are those of the gateway's state (documents, jobs, search, admin).
+
+    `in_process` will ask it in the name of clients that it knows.
+    """
     # FastAPI's own spans take the client's headers for their parent and would begin a second trace beside the frame's.
     no_telemetry: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
     routes = FastAPI(title="Pressroom", docs_url=None, redoc_url=None, redirect_slashes=False, telemetry=no_telemetry)
@@ -64,6 +70,7 @@ def make_app(
         responses_router(serving),
         generate_router(serving, catalog),
         rerank_router(embedder, serving),
+        health_router(),
         *routers,
     )
     for router in all_routers:
@@ -76,4 +83,6 @@ def make_app(
     once = Idempotency(routes, keys=idempotency) if idempotency else routes
     capped = BodyCap(once, max_body_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
     accounted = Accounting(RateLimit(Permission(Wishes(capped)), limiter=limiter), recorder=recorder)
+    if in_process is not None:
+        in_process.serve(accounted, limits.timeout_s)
     return RequestFrame(Authentication(accounted, keys=keys, open_app=routes), timeout_s=limits.timeout_s)

@@ -22,7 +22,7 @@ from gateway.api import anthropic_errors, errors
 
 log = logging.getLogger(__name__)
 
-_SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 CLIENT_LEFT = 499  # nginx's status for a client that closed the connection before the answer
 
 
@@ -40,7 +40,7 @@ class RequestFrame:
         state: dict[str, Any] = scope.setdefault("state", {})
         headers = Headers(scope=scope)
         offered = headers.get(HEADER_REQUEST_ID, "")
-        request_id = offered if _SANE_REQUEST_ID.fullmatch(offered) else context.new_request_id()
+        request_id = offered if SANE_REQUEST_ID.fullmatch(offered) else context.new_request_id()
         deadline_s = time.monotonic() + self._timeout_s
         answer_headers = {anthropic_errors.REQUEST_ID: request_id} if anthropic_errors.is_spoken(scope) else {}
         state |= {"request_id": request_id, "deadline_s": deadline_s, "answer_headers": answer_headers}

@@ -11,7 +11,7 @@ from chassis import context
 from chassis.errors import Code, PlatformError
 from gateway.api.scopes import require_scope
 from gateway.core.limit_answers import say_request_limit
-from gateway.core.ports import Keys, RequestLimiter
+from gateway.core.ports import Keys, LimitState, RequestLimiter
 
 _MAX_KEY_CHARS = 256
 _MAX_TOKEN_CHARS = 8192  # a signed token is longer than any key
@@ -21,7 +21,7 @@ _UPLOADS = ("/v1/documents", "/v1/files")
 
 def is_protected(path: str) -> bool:
     """Says whether a path needs a key; what is none of ours is simply not found."""
-    return path.startswith(("/v1/", "/admin/")) or path in _PROTECTED
+    return path.startswith(("/v1/", "/admin/", "/v2/models/")) or path in _PROTECTED
 
 
 class Authentication:
@@ -89,14 +89,19 @@ class RateLimit:
         """Passes on, or raises RATE_LIMITED."""
         state = await self._limiter.hit(scope["state"]["principal"])
         say_request_limit(scope["state"]["answer_headers"], state)
-        if not state.allowed:
-            raise PlatformError(
-                Code.RATE_LIMITED,
-                f"this key may send {state.limit} requests per minute; try again in {math.ceil(state.reset_s)} s",
-                reason="rate_limit_exceeded",
-                retry_after_s=state.reset_s,
-            )
+        require_allowed(state)
         await self._app(scope, receive, send)
+
+
+def require_allowed(state: LimitState) -> None:
+    """Raises RATE_LIMITED for a request that is one too many."""
+    if not state.allowed:
+        raise PlatformError(
+            Code.RATE_LIMITED,
+            f"this key may send {state.limit} requests per minute; try again in {math.ceil(state.reset_s)} s",
+            reason="rate_limit_exceeded",
+            retry_after_s=state.reset_s,
+        )
 
 
 class Permission:

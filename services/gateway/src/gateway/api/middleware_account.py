@@ -1,5 +1,7 @@
 """Accounts for every request on the inference routes that passed authentication: one record, whatever way it ends."""
 
+import re
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chassis import telemetry
@@ -18,6 +20,15 @@ INFERENCE_ROUTES = frozenset(
         "/v1/responses",
     }
 )
+_MODEL_ROUTE = re.compile(r"/v2/models/[^/]+(?:/versions/[^/]+)?/(infer|generate)")
+
+
+def inference_route(path: str) -> str | None:
+    """The route that a request to a model is accounted to, without what clients put into it; None for other paths."""
+    if path in INFERENCE_ROUTES:
+        return path
+    of_model = _MODEL_ROUTE.fullmatch(path)
+    return f"/v2/models/{{model}}/{of_model[1]}" if of_model else None
 
 
 class Accounting:
@@ -29,7 +40,8 @@ class Accounting:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on; routes find the account in the scope's state."""
-        if scope["method"] != "POST" or scope["path"] not in INFERENCE_ROUTES:
+        route = inference_route(scope["path"])
+        if scope["method"] != "POST" or route is None:
             await self._app(scope, receive, send)
             return
         state = scope["state"]
@@ -37,12 +49,14 @@ class Accounting:
             request_id=state["request_id"],
             trace_id=state["trace_id"],
             traceparent=telemetry.traceparent(),
-            route=scope["path"],
+            route=state.get("accounted_as", route),
             principal=state["principal"],
             answer_headers=state["answer_headers"],
         )
         state["account"] = account
-        async with self._recorder.settling(account) as outcome:
+        # What jobs ask waits behind people, and would hide their latencies.
+        is_job = "accounted_as" in state
+        async with self._recorder.settling(account, counts_latency=not is_job) as outcome:
 
             async def watched(message: Message) -> None:
                 if message["type"] == "http.response.start":

@@ -1,7 +1,7 @@
 """The answer of a chat as OpenAI's clients read it: chat.completion, and chat.completion.chunk in a stream."""
 
+import random
 import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -77,7 +77,7 @@ class ChatRendering(DataEvents):
         self._logprobs = logprobs
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._id = f"chatcmpl-{random.getrandbits(128):032x}"
         self._created = int(time.time())
         self._choices = [_Choice(has_tools) for _ in range(n)]
         self._fingerprint: str | None = None

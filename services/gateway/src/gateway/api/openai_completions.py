@@ -1,7 +1,7 @@
 """POST /v1/completions: OpenAI's text completion, over graphs that take a plain prompt."""
 
+import random
 import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, ClassVar
@@ -125,7 +125,7 @@ class CompletionRendering(DataEvents):
         self._continuous_usage = body.continuous_usage
         self._requests = requests
         self._n = requests[0].n
-        self._id = f"cmpl-{uuid.uuid4().hex}"
+        self._id = f"cmpl-{random.getrandbits(128):032x}"
         self._created = int(time.time())
         num_choices = self._n * len(requests)
         self._texts: list[list[str]] = [[] for _ in range(num_choices)]

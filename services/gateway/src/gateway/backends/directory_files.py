@@ -9,13 +9,15 @@ import contextlib
 import hashlib
 import os
 import re
+import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from chassis.errors import Code, PlatformError
+from gateway.core.content import NotEmpty
 from gateway.core.documents import FileRow, Inspection, StoredFile
 
 _PIECE_BYTES = 1024 * 1024
@@ -33,12 +35,24 @@ class DirectoryFiles:
         """Copies the source, durable when it returns; raises what the inspector raises, UNAVAILABLE for a full disk."""
         return await asyncio.to_thread(self._save, source, inspector)
 
+    async def write(self, pieces: AsyncIterator[bytes]) -> StoredFile:
+        """Writes what comes, durable when it returns; raises UNAVAILABLE for a full disk."""
+        # Collected on disk first: save() copies in one thread, and what comes here comes from the loop.
+        with tempfile.TemporaryFile(dir=self._directory) as collected:
+            try:
+                async for piece in pieces:
+                    await asyncio.to_thread(collected.write, piece)
+                collected.seek(0)
+            except OSError as error:
+                raise _not_stored() from error
+            return await self.save(collected, NotEmpty("results"))
+
     async def delete(self, file_ids: Sequence[str]) -> None:
         """Removes files; one that is gone already is no error."""
         if file_ids:
             await asyncio.to_thread(self._delete, file_ids)
 
-    async def read(self, row: FileRow) -> AsyncIterator[bytes]:
+    async def read(self, row: FileRow) -> AsyncGenerator[bytes]:
         """Yields the bytes in pieces of at most 1 MiB; raises DATA_LOSS when they are not those that were stored."""
         file = await asyncio.to_thread(self._open, row)
         digest = hashlib.sha256()
@@ -76,7 +90,7 @@ class DirectoryFiles:
         except BaseException as error:
             part.unlink(missing_ok=True)
             if isinstance(error, OSError):
-                raise PlatformError(Code.UNAVAILABLE, "the file could not be stored", retryable=True) from error
+                raise _not_stored() from error
             raise
         return StoredFile(file_id, digest.hexdigest(), size_bytes)
 
@@ -109,3 +123,7 @@ class DirectoryFiles:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _not_stored() -> PlatformError:
+    return PlatformError(Code.UNAVAILABLE, "the file could not be stored", retryable=True)

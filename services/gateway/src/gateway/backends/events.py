@@ -8,6 +8,7 @@ from pressroom.events.v1 import events_pb2
 
 from chassis import context, telemetry
 from contracts import subjects
+from gateway.core.batches import Batch
 from gateway.core.documents import Document, FileRow
 from gateway.core.evaluations import Evaluation
 from gateway.core.finetuning import Finetune
@@ -97,6 +98,15 @@ def evaluate_job(evaluation: Evaluation) -> Message:
         order.task_file_id = evaluation.upload.upload_id
         order.task_file_sha256 = evaluation.upload.row.sha256
     return _order(subjects.JOBS_EVALUATE, evaluation.job.job_id, order.SerializeToString())
+
+
+def batch_job(batch: Batch) -> Message:
+    """Makes the order to run a batch."""
+    job = batch.job
+    order = events_pb2.BatchJob(
+        job_id=job.job_id, tenant=job.tenant, file_id=batch.input_upload_id, endpoint=batch.endpoint
+    )
+    return _order(subjects.JOBS_BATCH, job.job_id, order.SerializeToString())
 
 
 def _order(subject: str, job_id: str, payload: bytes) -> Message:

@@ -30,14 +30,12 @@ _OPS_PER_DEADLINE_CHECK = 20_000
 
 
 class _Entry(Generic[T]):
-    """A unit of work and who waits for it."""
+    """A unit of work and who waits for it. Accepted is executed: a caller that goes away does not take it along."""
 
-    def __init__(self, unit: Unit[T], *, survives_power_loss: bool) -> None:
+    def __init__(self, unit: Unit[T], future: asyncio.Future[T], *, survives_power_loss: bool) -> None:
         self.unit = unit
+        self.future = future
         self.survives_power_loss = survives_power_loss
-        self.future: Future[T] = Future()
-        # Accepted is executed: a caller that goes away does not take its write with it.
-        self.future.set_running_or_notify_cancel()
         self.result: T
         self.error: BaseException | None = None
 
@@ -53,6 +51,9 @@ class _Entry(Generic[T]):
         connection.execute("RELEASE unit")
 
     def settle(self, lost: PlatformError | None = None) -> None:
+        """Tells the caller, in the loop's thread."""
+        if self.future.done():  # it has gone
+            return
         if self.error is not None:
             self.future.set_exception(_translated(self.error))
         elif lost is not None:
@@ -66,7 +67,9 @@ class Database:
 
     def __init__(self, path: Path, *, num_readers: int, max_pending: int) -> None:
         self._path = path
-        self._writes: queue.Queue[_Entry[Any] | None] = queue.Queue(max_pending)
+        self._loop = asyncio.get_running_loop()
+        self._max_pending = max_pending
+        self._writes: queue.SimpleQueue[_Entry[Any] | None] = queue.SimpleQueue()
         self._reads_left = max_pending
         self._readers = ThreadPoolExecutor(num_readers, "sqlite-reader")
         self._local = threading.local()
@@ -109,12 +112,11 @@ class Database:
         """
         if self._is_closed:
             raise PlatformError(Code.UNAVAILABLE, "the database is closed")
-        entry = _Entry(unit, survives_power_loss=survives_power_loss)
-        try:
-            self._writes.put_nowait(entry)
-        except queue.Full:
-            raise PlatformError(Code.OVERLOADED, "too many writes are waiting", retry_after_s=1.0) from None
-        return await _within(timeout_s, asyncio.wrap_future(entry.future))
+        if self._writes.qsize() >= self._max_pending:
+            raise PlatformError(Code.OVERLOADED, "too many writes are waiting", retry_after_s=1.0)
+        entry = _Entry(unit, self._loop.create_future(), survives_power_loss=survives_power_loss)
+        self._writes.put(entry)
+        return await _within(timeout_s, entry.future)
 
     async def read(self, query: Unit[T], *, timeout_s: float = _READ_TIMEOUT_S) -> T:
         """Runs a query on a reader's connection; it sees every write that returned before. Raises as write() does."""
@@ -140,7 +142,7 @@ class Database:
         """Finishes what was accepted and closes the file. Blocks no loop; harmless twice."""
         if not self._is_closed:
             self._is_closed = True
-            await asyncio.to_thread(self._writes.put, None)
+            self._writes.put(None)
         await asyncio.to_thread(self._writer.join)
         await asyncio.to_thread(self._readers.shutdown)
         for connection in self._read_connections:
@@ -171,7 +173,9 @@ class Database:
         while is_open:
             batch, is_open = self._next_batch()
             if batch:
-                _commit(connection, batch)
+                lost = _commit(connection, batch)
+                # One call for all: each wakes the loop with a system call, and takes the interpreter from it.
+                self._loop.call_soon_threadsafe(_settle, batch, lost)
         connection.close()
 
     def _next_batch(self) -> tuple[list[_Entry[Any]], bool]:
@@ -200,8 +204,13 @@ def _connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _commit(connection: sqlite3.Connection, batch: Sequence[_Entry[Any]]) -> None:
-    lost: PlatformError | None = None
+def _settle(batch: Sequence[_Entry[Any]], lost: PlatformError | None) -> None:
+    for entry in batch:
+        entry.settle(lost)
+
+
+def _commit(connection: sqlite3.Connection, batch: Sequence[_Entry[Any]]) -> PlatformError | None:
+    """Runs all and commits once; returns what they are told where that failed."""
     is_synced = any(entry.survives_power_loss for entry in batch)
     try:
         connection.execute(f"PRAGMA synchronous = {'FULL' if is_synced else 'NORMAL'}")  # with WAL, NORMAL never syncs
@@ -213,9 +222,8 @@ def _commit(connection: sqlite3.Connection, batch: Sequence[_Entry[Any]]) -> Non
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         _log.error("database transaction lost", extra={"error": str(error), "num_units": len(batch)})
-        lost = PlatformError(Code.UNAVAILABLE, "the database could not write", retryable=True)
-    for entry in batch:
-        entry.settle(lost)
+        return PlatformError(Code.UNAVAILABLE, "the database could not write", retryable=True)
+    return None
 
 
 def _translated(error: BaseException) -> BaseException:

@@ -43,7 +43,7 @@ class SqliteFinetunes:
         """Claims the model's id and writes job and message in one transaction; raises as the protocol says."""
 
         def unit(connection: sqlite3.Connection) -> None:
-            _order(connection, finetune.job, message, "training_file", "fine-tuning", finetuning.MAX_UNFINISHED_JOBS)
+            order(connection, finetune.job, message, "training_file", "fine-tuning", finetuning.MAX_UNFINISHED_JOBS)
             _claim(connection, finetune)
             connection.execute(
                 """
@@ -121,7 +121,7 @@ class SqliteEvaluations:
     async def submit(self, evaluation: Evaluation, message: Message) -> None:
         """Writes job and message in one transaction; raises as the protocol says."""
         await self._database.write(
-            lambda connection: _order(
+            lambda connection: order(
                 connection, evaluation.job, message, "task", "evaluation", evaluations.MAX_UNFINISHED_JOBS
             )
         )
@@ -139,8 +139,11 @@ class SqliteEvaluations:
         return await self._database.read(query)
 
 
-def _order(connection: sqlite3.Connection, job: Job, message: Message, file_param: str, what: str, most: int) -> None:
-    """Writes a job and its message, if the file is still there and the tenant has not too many jobs."""
+def order(connection: sqlite3.Connection, job: Job, message: Message, file_param: str, what: str, most: int) -> None:
+    """Writes a job and its message, if the file is still there and the tenant has not too many jobs.
+
+    To be called inside a unit of work.
+    """
     if job.file_id is not None and sqlite_uploads.find(connection, job.tenant, job.file_id) is None:
         raise file_not_found(job.file_id, file_param)
     if sqlite_jobs.num_unfinished(connection, job.tenant, job.type) >= most:

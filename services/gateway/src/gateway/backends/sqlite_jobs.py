@@ -48,24 +48,12 @@ class SqliteJobs:
 
     async def apply(self, report: Report) -> Applied:
         """Applies a report; an unknown job is ignored."""
-        return await self._database.write(lambda connection: _apply(connection, report, self._now_ms()))
+        return await self._database.write(lambda connection: apply(connection, report, self._now_ms()))
 
     async def cancel(self, tenant: str, job_id: str) -> Job | None:
         """Asks to stop the tenant's job and returns it; what was not yet published of it never is."""
 
-        def unit(connection: sqlite3.Connection) -> Job | None:
-            job = _find(connection, job_id)
-            if job is None or job.tenant != tenant:
-                return None
-            changed = jobs.stamped(job, jobs.cancelled(job), self._now_ms())
-            if changed is not job:
-                _update(connection, changed)
-            if changed.status is JobStatus.CANCELLED:
-                (message_id,) = connection.execute("SELECT message_id FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
-                sqlite_outbox.withdraw(connection, message_id or "")
-            return changed
-
-        return await self._database.write(unit)
+        return await self._database.write(lambda connection: cancel(connection, tenant, job_id, self._now_ms()))
 
     def _now_ms(self) -> int:
         return int(self._now() * 1000)
@@ -131,7 +119,22 @@ def num_unfinished(connection: sqlite3.Connection, tenant: str, type_: str) -> i
     return int(count)
 
 
-def _apply(connection: sqlite3.Connection, report: Report, now_ms: int) -> Applied:
+def cancel(connection: sqlite3.Connection, tenant: str, job_id: str, now_ms: int) -> Job | None:
+    """Asks to stop the tenant's job, and withdraws its message where it has ended by that."""
+    job = _find(connection, job_id)
+    if job is None or job.tenant != tenant:
+        return None
+    changed = jobs.stamped(job, jobs.cancelled(job), now_ms)
+    if changed is not job:
+        _update(connection, changed)
+    if changed.status is JobStatus.CANCELLED:
+        (message_id,) = connection.execute("SELECT message_id FROM jobs WHERE job_id = ?", (job_id,)).fetchone()
+        sqlite_outbox.withdraw(connection, message_id or "")
+    return changed
+
+
+def apply(connection: sqlite3.Connection, report: Report, now_ms: int) -> Applied:
+    """Applies a report; an unknown job is ignored."""
     job = _find(connection, report.job_id)
     if job is None:
         return Applied()

@@ -197,6 +197,35 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX idempotency_of_tenant ON idempotency (tenant)",
         "CREATE INDEX idempotency_by_age ON idempotency (claimed_unix_ms)",
         "CREATE INDEX idempotency_running ON idempotency (state) WHERE state = 'running'",
+        # Batches.
+        """
+        CREATE TABLE batches (
+            job_id TEXT PRIMARY KEY REFERENCES jobs (job_id),
+            endpoint TEXT NOT NULL,
+            input_upload_id TEXT NOT NULL,
+            expires_unix_ms INTEGER NOT NULL,
+            metadata_json TEXT NOT NULL,
+            in_progress_unix_ms INTEGER,
+            finalizing_unix_ms INTEGER,
+            cancelling_unix_ms INTEGER,
+            is_expired INTEGER NOT NULL DEFAULT 0,
+            num_completed INTEGER NOT NULL DEFAULT 0,
+            num_failed INTEGER NOT NULL DEFAULT 0,
+            output_upload_id TEXT,
+            error_upload_id TEXT,
+            faults_json TEXT NOT NULL DEFAULT '[]'
+        ) STRICT, WITHOUT ROWID
+        """,
+        # Results until they are in the batch's files; the key holds each line to one result.
+        """
+        CREATE TABLE batch_results (
+            job_id TEXT NOT NULL,
+            line INTEGER NOT NULL,
+            is_answered INTEGER NOT NULL,
+            content BLOB NOT NULL,
+            PRIMARY KEY (job_id, line)
+        ) STRICT
+        """,
         # The ledger: what is under way and what it may cost, what everything cost, and what it will.
         """
         CREATE TABLE open_usage (

@@ -29,20 +29,7 @@ class SqliteUploads:
             ).fetchone()
             if kept + row.size_bytes > self._max_tenant_bytes:
                 raise storage_full(self._max_tenant_bytes)
-            connection.execute(
-                f"INSERT INTO uploads ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    upload.upload_id,
-                    row.file_id,
-                    row.tenant,
-                    upload.purpose,
-                    row.filename,
-                    row.content_type,
-                    row.sha256,
-                    row.size_bytes,
-                    upload.created_unix_ms,
-                ),
-            )
+            insert(connection, upload)
 
         await self._database.write(unit)
 
@@ -95,6 +82,25 @@ class SqliteUploads:
             lambda connection: {file_id for (file_id,) in connection.execute("SELECT file_id FROM uploads")},
             timeout_s=60.0,
         )
+
+
+def insert(connection: sqlite3.Connection, upload: Upload) -> None:
+    """Adds an upload, whatever its tenant keeps already; to be called inside a unit of work."""
+    row = upload.row
+    connection.execute(
+        f"INSERT INTO uploads ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            upload.upload_id,
+            row.file_id,
+            row.tenant,
+            upload.purpose,
+            row.filename,
+            row.content_type,
+            row.sha256,
+            row.size_bytes,
+            upload.created_unix_ms,
+        ),
+    )
 
 
 def find(connection: sqlite3.Connection, tenant: str, upload_id: str) -> Upload | None:

@@ -1,7 +1,7 @@
 """What one request has used so far, kept from its arrival to its end, whatever way it ends."""
 
+import random
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -48,7 +48,7 @@ class Account:
     cache_wish: Wish = Wish.UNSAID
     repeat: Repeat = Repeat.NO
     # Ours alone, whatever id the client sent: what the ledger and the generator account this request under.
-    usage_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    usage_id: str = field(default_factory=lambda: f"{random.getrandbits(128):032x}")
     answer_headers: dict[str, str] = field(default_factory=dict)  # what is to be said beside the answer, over HTTP
     prompt_text: str = field(default="", repr=False)
     finish_reason: str = ""

@@ -19,9 +19,13 @@ from chassis.errors import Code, PlatformError
 from gateway.core.capacity import Capacity
 from gateway.core.estimate import Guesses, Pace
 from gateway.core.fair_queue import Entry, FairQueue
+from gateway.core.graph import Deadline
 from gateway.core.serving import Ask
 
 _BACKGROUND_PART = 4  # of so many places one is for the background
+_WIDEST_PART = 2  # of so many places a request has one at most, or it would wait until nothing else runs
+_NEVER = Deadline(float("inf"))
+_MARGIN = 1.25  # work may take so much longer than the last requests' did
 _LEAST_RETRY_S, _MOST_RETRY_S = 1.0, 60.0
 
 
@@ -58,6 +62,7 @@ class _Place(Entry):
     """A request's place: in the queue, then in the backend."""
 
     width: int = 1  # sequences that it runs at once
+    deadline: Deadline = _NEVER
     held: int = 0  # of the backend's; 0 while it waits
     refusal: PlatformError | None = None  # it waited and had to make room
     turn: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -103,9 +108,9 @@ class Lane:
         """Waits for the request's turn and holds its place; raises OVERLOADED or DEADLINE_EXCEEDED."""
         size = self._guesses.guess(ask)
         weight = ask.principal.tenant_policy.weight
-        place = _Place(ask.principal.tenant, ask.priority, size.tokens, weight, size.width)
+        place = _Place(ask.principal.tenant, ask.priority, size.tokens, weight, size.width, ask.deadline)
         arrived_s = self._clock()
-        await self._enter(place, ask)
+        await self._enter(place)
         admitted_s = self._clock()
         self._meter.admitted(admitted_s - arrived_s)
         is_whole = False
@@ -121,8 +126,8 @@ class Lane:
                 self.capacity.ended_well()
             self._leave(place, used)
 
-    async def _enter(self, place: _Place, ask: Ask) -> None:
-        left_s = ask.deadline.remaining_s()
+    async def _enter(self, place: _Place) -> None:
+        left_s = place.deadline.remaining_s()
         self._refuse_what_comes_too_late(place, left_s)
         self._make_room(place)
         self._queue.add(place)
@@ -136,7 +141,7 @@ class Lane:
                 raise place.refusal
         except TimeoutError:
             self._withdraw(place)
-            ask.deadline.remaining_s()  # raises where it is the request's own time that is up
+            place.deadline.remaining_s()  # raises where it is the request's own time that is up
             raise self._shed(Cause.WAIT, place) from None
         except BaseException:
             self._withdraw(place)
@@ -151,8 +156,11 @@ class Lane:
         wait_s = self._expected_wait_s(place)
         if wait_s > self._longest_wait_s(place):
             raise self._shed(Cause.WAIT, place)
-        if wait_s + self._pace.work_s(place.cost) / place.width > left_s:
+        if wait_s + self._work_s(place) > left_s:
             raise self._shed(Cause.DEADLINE, place)
+
+    def _work_s(self, place: _Place) -> float:
+        return _MARGIN * self._pace.work_s(place.cost) / place.width
 
     def _expected_wait_s(self, place: _Place) -> float:
         """Until those before it have gone on, and one of those who run has ended."""
@@ -166,9 +174,12 @@ class Lane:
         assert last is not None
         if place.priority < last.priority or (place.priority, place.tenant) == (last.priority, last.tenant):
             raise self._shed(Cause.FULL, place)
-        last.refusal = self._shed(Cause.FULL, last)
-        self._queue.drop(last)
-        _wake(last)
+        self._push_out(last, Cause.FULL)
+
+    def _push_out(self, place: _Place, cause: Cause) -> None:
+        place.refusal = self._shed(cause, place)
+        self._queue.drop(place)
+        _wake(place)
 
     def _shed(self, cause: Cause, place: _Place) -> PlatformError:
         self._meter.shed(cause)
@@ -182,20 +193,25 @@ class Lane:
     def _let_on(self) -> None:
         """Gives the free places to those whose turn it is."""
         while (place := self._queue.first()) is not None and self._has_room(place):
+            if len(self._queue) > 1 and time.monotonic() + self._work_s(place) > place.deadline.at_s:
+                self._push_out(place, Cause.DEADLINE)  # it waited longer than was expected: the next may be in time
+                continue
             self._queue.take(place)
-            place.held = min(place.width, self.capacity.limit)
+            place.held = self._width(place)
             self._running[place.is_background] += place.held
             _wake(place)
         self.capacity.is_short = bool(self._queue)
 
     def _has_room(self, place: _Place) -> bool:
-        limit = self.capacity.limit
-        width = min(place.width, limit)
+        limit, width = self.capacity.limit, self._width(place)
         if not place.is_background:
             # The backend sets the background back for people, so that they need not wait for its places.
             return self._running[False] + width <= limit
         background = self._running[True] + width
         return self.num_running + width <= limit and background <= max(width, limit // _BACKGROUND_PART)
+
+    def _width(self, place: _Place) -> int:
+        return min(place.width, max(1, self.capacity.limit // _WIDEST_PART))
 
     def _withdraw(self, place: _Place) -> None:
         """Gives up a place, whether it waits or has just been let on; one that made room has none."""

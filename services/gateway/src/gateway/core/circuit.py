@@ -24,7 +24,8 @@ class CircuitState(IntEnum):
 class CircuitRules:
     """When a breaker opens, and for how long."""
 
-    consecutive: int = 5  # failures in a row
+    consecutive: int = 5  # failures in a row ...
+    row_s: float = 0.0  # ... over so long at least
     ratio: float = 0.5  # or this part of the outcomes of the last window_s ...
     least_outcomes: int = 20  # ... where there were so many
     window_s: float = 10.0
@@ -46,6 +47,7 @@ class Circuit:
         self._jitter = jitter
         self._outcomes: deque[tuple[float, bool]] = deque(maxlen=1024)
         self._in_a_row = 0
+        self._row_began_s = 0.0
         self._num_opened = 0  # since it last worked for a whole window
         self._open_until_s: float | None = None
         self._closed_s = clock()
@@ -85,6 +87,8 @@ class Circuit:
 
     def failed(self) -> None:
         """It did not answer, or broke off."""
+        if not self._in_a_row:
+            self._row_began_s = self._clock()
         self._in_a_row += 1
         self._note(False)
         state = self.state
@@ -102,7 +106,7 @@ class Circuit:
             self._outcomes.popleft()
 
     def _is_too_bad(self) -> bool:
-        if self._in_a_row >= self._rules.consecutive:
+        if self._in_a_row >= self._rules.consecutive and self._clock() - self._row_began_s >= self._rules.row_s:
             return True
         num_bad = sum(not is_good for _, is_good in self._outcomes)
         return len(self._outcomes) >= self._rules.least_outcomes and num_bad >= self._rules.ratio * len(self._outcomes)

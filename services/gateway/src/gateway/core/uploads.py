@@ -24,6 +24,7 @@ class Purpose(StrEnum):
 
     ASSISTANTS = "assistants"
     BATCH = "batch"
+    BATCH_OUTPUT = "batch_output"  # made by us
     FINE_TUNE = "fine-tune"
     VISION = "vision"
     USER_DATA = "user_data"
