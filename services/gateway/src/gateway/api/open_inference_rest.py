@@ -1,11 +1,12 @@
 """The routes of /v2: the Open Inference Protocol over REST, with Triton's binary data and its generate extension."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 from pydantic import Field
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -17,6 +18,8 @@ from gateway.api.inference import account_of, deadline_of, finished_before_clien
 from gateway.api.json_body import Body, parse_json, validate
 from gateway.api.open_inference import EXTENSIONS, SERVER_NAME, SERVER_VERSION, OpenInference, Sender
 from gateway.api.open_inference_tensors import BYTES, check_datatype, from_raw, to_raw
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import ANY_OBJECT, FLAG, TEXT, array, record
 from gateway.core.open_inference import (
     MAX_ELEMENTS,
     ONLY_VERSION,
@@ -32,6 +35,7 @@ _MODEL = "/v2/models/{model}"
 _HEADER_LENGTH = "inference-header-content-length"
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+ModelPath = Annotated[str, Path(json_schema_extra={"format": "model-id"})]
 Parameters = Annotated[dict[Name, bool | int | float | str], Field(max_length=64)]
 
 
@@ -72,46 +76,80 @@ class _InferBody(Body):
 class _GenerateBody(Body):
     """Triton's generate: parameters beside the text or in `parameters`."""
 
-    text_input: str
+    text_input: Annotated[str, Field(min_length=1)]
     id: Annotated[str, Field(max_length=256)] | None = None
     parameters: Parameters | None = None
+
+
+_TENSOR_KINDS = array(record({"name": TEXT, "datatype": TEXT, "shape": array({"type": "integer"})}))
+_METADATA = record(
+    {
+        "name": TEXT,
+        "versions": array(TEXT),
+        "platform": TEXT,
+        "inputs": _TENSOR_KINDS,
+        "outputs": _TENSOR_KINDS,
+    }
+)
+_GENERATED = record({"model_name": TEXT, "model_version": TEXT, "id": TEXT})
+_INFERRED = record(
+    {"model_name": TEXT, "model_version": TEXT, "id": TEXT, "parameters": ANY_OBJECT, "outputs": _TENSOR_KINDS}
+)
 
 
 def open_inference_router(inference: OpenInference, readiness: Readiness) -> APIRouter:
     """Makes the routes."""
     router = APIRouter()
 
-    @router.get("/v2")
+    @asynccontextmanager
+    async def _known(request: Request, model: str, version: str) -> AsyncIterator[None]:
+        """Within it an unknown model is 404, whatever else is wrong."""
+        try:
+            yield
+        except PlatformError:
+            await inference.describe(principal_of(request), model, version)
+            raise
+
+    @router.get("/v2", response_model=None)
+    @documented(record({"name": TEXT, "version": TEXT, "extensions": array(TEXT)}))
     async def server_metadata() -> dict[str, Any]:
         return {"name": SERVER_NAME, "version": SERVER_VERSION, "extensions": EXTENSIONS}
 
-    @router.get("/v2/health/live")
+    @router.get("/v2/health/live", response_model=None)
+    @documented(record({"live": FLAG}))
     async def live() -> dict[str, Any]:
         return {"live": True}
 
     @router.get("/v2/health/ready", response_model=None)
+    @documented(record({"ready": FLAG}))
     async def ready() -> Response:
         is_ready = await readiness.check()
         return Response(orjson.dumps({"ready": is_ready}), 200 if is_ready else 503, media_type="application/json")
 
-    async def model_metadata(request: Request, model: str, version: str = "") -> dict[str, Any]:
+    @documented(_METADATA)
+    async def model_metadata(request: Request, model: ModelPath, version: str = "") -> dict[str, Any]:
         return _kind_shape(await inference.describe(principal_of(request), model, version))
 
-    async def model_ready(request: Request, model: str, version: str = "") -> dict[str, Any]:
+    @documented(record({"name": TEXT, "ready": FLAG}))
+    async def model_ready(request: Request, model: ModelPath, version: str = "") -> dict[str, Any]:
         await inference.describe(principal_of(request), model, version)
         return {"name": model, "ready": True}
 
-    async def infer(request: Request, model: str, version: str = "") -> Response:
-        body, wanted = await _read(request, model, version)
+    @documented(_INFERRED, body=_InferBody, stream="application/octet-stream")
+    async def infer(request: Request, model: ModelPath, version: str = "") -> Response:
+        async with _known(request, model, version):
+            body, wanted = await _read(request, model, version)
         return _Answer(inference.infer(_sender(request), wanted), lambda answer: _infer_response(answer, body))
 
-    async def generate(request: Request, model: str, version: str = "") -> Response:
-        wanted = await _read_generate(request, model, version)
+    @documented(_GENERATED, body=_GenerateBody)
+    async def generate(request: Request, model: ModelPath, version: str = "") -> Response:
+        async with _known(request, model, version):
+            wanted = await _read_generate(request, model, version)
         return _Answer(inference.infer(_sender(request), wanted), _generate_response)
 
     for path in (_MODEL, _MODEL + "/versions/{version}"):
-        router.add_api_route(path, model_metadata, methods=["GET"])
-        router.add_api_route(path + "/ready", model_ready, methods=["GET"])
+        router.add_api_route(path, model_metadata, methods=["GET"], response_model=None)
+        router.add_api_route(path + "/ready", model_ready, methods=["GET"], response_model=None)
         router.add_api_route(path + "/infer", infer, methods=["POST"], response_model=None)
         router.add_api_route(path + "/generate", generate, methods=["POST"], response_model=None)
     return router

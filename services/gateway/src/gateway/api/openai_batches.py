@@ -1,16 +1,18 @@
 """The routes of /v1/batches: OpenAI's paths and shapes."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
-from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
 from gateway.api.json_body import Body, read_json
 from gateway.api.openai_files import page_shape
 from gateway.api.openai_finetuning import Id, MetadataKey, MetadataValue
+from gateway.api.openapi import documented
+from gateway.api.openapi_schemas import COUNT, TEXT, TIME, nullable, one_of, page, record
 from gateway.core.batch_lines import Fault
 from gateway.core.batches import Batch, Batches
 from gateway.core.jobs import Canceller
@@ -18,26 +20,42 @@ from gateway.core.jobs import Canceller
 PATH = "/v1/batches"
 
 
-class _OrderBody(Body):
+class BatchBody(Body):
     """The request."""
+
+    refused: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"output_expires_after": "files do not expire: delete them"}
+    )
 
     input_file_id: Id
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
     completion_window: Literal["24h"]
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
-    output_expires_after: dict[str, Any] | None = None
+
+
+BATCH = record(
+    {
+        "id": TEXT,
+        "object": one_of("batch"),
+        "endpoint": TEXT,
+        "input_file_id": TEXT,
+        "status": TEXT,
+        "output_file_id": nullable(TEXT),
+        "error_file_id": nullable(TEXT),
+        "created_at": TIME,
+        "request_counts": record({"total": COUNT, "completed": COUNT, "failed": COUNT}),
+    }
+)
 
 
 def batches_router(batches: Batches, canceller: Canceller) -> APIRouter:
     """Makes the routes."""
     router = APIRouter()
 
-    @router.post(PATH)
+    @router.post(PATH, response_model=None)
+    @documented(BATCH, body=BatchBody)
     async def create_batch(request: Request) -> dict[str, Any]:
-        body = await read_json(request, _OrderBody)
-        if body.output_expires_after is not None:
-            message = "files do not expire: delete them"
-            raise PlatformError(Code.UNIMPLEMENTED, message, param="output_expires_after")
+        body = await read_json(request, BatchBody)
         principal = principal_of(request)
         batch = await batches.submit(
             principal.tenant,
@@ -48,7 +66,8 @@ def batches_router(batches: Batches, canceller: Canceller) -> APIRouter:
         )
         return batch_shape(batch)
 
-    @router.get(PATH)
+    @router.get(PATH, response_model=None)
+    @documented(page(BATCH, with_ends=True))
     async def list_batches(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -57,11 +76,13 @@ def batches_router(batches: Batches, canceller: Canceller) -> APIRouter:
         found = await batches.newest(principal_of(request).tenant, limit=limit + 1, after=after)
         return page_shape([batch_shape(one) for one in found[:limit]], has_more=len(found) > limit)
 
-    @router.get(PATH + "/{batch_id}")
+    @router.get(PATH + "/{batch_id}", response_model=None)
+    @documented(BATCH)
     async def get_batch(request: Request, batch_id: str) -> dict[str, Any]:
         return batch_shape(await batches.get(principal_of(request).tenant, batch_id))
 
-    @router.post(PATH + "/{batch_id}/cancel")
+    @router.post(PATH + "/{batch_id}/cancel", response_model=None)
+    @documented(BATCH)
     async def cancel_batch(request: Request, batch_id: str) -> dict[str, Any]:
         batch = await batches.cancel(principal_of(request).tenant, batch_id)
         await canceller.cancel(batch.job.job_id, "cancelled by the client")

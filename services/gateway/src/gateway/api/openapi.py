@@ -12,7 +12,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
+from pydantic_core import core_schema
 
 from contracts.names import HEADER_REQUEST_ID, HEADER_TRACE_ID
 from gateway.api import anthropic_errors
@@ -42,6 +43,17 @@ class Documentation:
     file_types: Sequence[str]
 
 
+class _BodySchemas(GenerateJsonSchema):
+    """Says too what the names of an object's fields may be, which pydantic itself leaves out."""
+
+    def dict_schema(self, schema: core_schema.DictSchema) -> JsonSchemaValue:
+        """The schema of a dict."""
+        told = super().dict_schema(schema)
+        names = self.generate_inner(schema["keys_schema"]) if "keys_schema" in schema else {}
+        rules = {rule: names[rule] for rule in ("pattern", "minLength", "maxLength") if rule in names}
+        return told | {"propertyNames": rules} if rules else told
+
+
 def documented(
     answer: Schema | None = None,
     *,
@@ -56,7 +68,7 @@ def documented(
     """Says what a route answers, and what it reads: a JSON body, a form with a file, or either.
 
     answer: the JSON Schema of a good answer; None where it is no JSON. stream: the media type of an answer in pieces.
-    file_types: what the form's file may be.
+    file_types: what the form's file may be. media_type: empty for an answer without a body.
     """
 
     def say(endpoint: E) -> E:
@@ -94,12 +106,18 @@ def _document(routes: list[APIRoute]) -> dict[str, Any]:
     said = [(route, documentation_of(route)) for route in routes]
     bodies = list({one.body for _, one in said if one is not None and one.body is not None})
     bodies.sort(key=lambda model: f"{model.__module__}.{model.__qualname__}")
-    refs, definitions = models_json_schema([(model, "validation") for model in bodies], ref_template=_REF)
+    refs, definitions = models_json_schema(
+        [(model, "validation") for model in bodies], ref_template=_REF, schema_generator=_BodySchemas
+    )
     body_schemas: dict[Any, Schema] = {model: schema for (model, _), schema in refs.items()}
     document["components"] = {
         "schemas": definitions.get("$defs", {}) | _ERROR_SCHEMAS,
         "headers": _HEADERS,
-        "responses": _error_responses("Error", "") | _error_responses("AnthropicError", "Anthropic"),
+        "responses": {
+            name: response
+            for schema, dialect in (("Error", ""), ("AnthropicError", "Anthropic"), ("InferenceError", "Inference"))
+            for name, response in _error_responses(schema, dialect).items()
+        },
         "securitySchemes": {
             "bearer": {"type": "http", "scheme": "bearer", "description": _SECURITY},
         },
@@ -124,15 +142,20 @@ def _complete(
             content["multipart/form-data"]["encoding"] = {"file": {"contentType": ", ".join(said.file_types)}}
     if content:
         operation["requestBody"] = {"required": said.needs_body, "content": content}
-    answers = {said.media_type: {"schema": said.answer} if said.answer is not None else {}}
+    answers: dict[str, Any] = {}
+    if said.media_type:
+        answers[said.media_type] = {"schema": said.answer} if said.answer is not None else {}
     if said.stream is not None:
         answers[said.stream] = {"schema": TEXT}
     headers = dict(_ALWAYS)
     if is_protected(path):
         operation["security"] = [{"bearer": []}]
         headers |= _LIMITS
-    good = {"description": "What was asked for.", "headers": headers, "content": answers}
+    good: dict[str, Any] = {"description": "What was asked for.", "headers": headers}
+    if answers:
+        good["content"] = answers
     dialect = "Anthropic" if anthropic_errors.is_spoken({"path": path, "headers": []}) else ""
+    dialect = "Inference" if path.startswith("/v2/") else dialect
     errors = _ERRORS if content else _ERRORS_WITHOUT_BODY
     operation["responses"] = {str(said.status): good} | {
         status: {"$ref": f"#/components/responses/{dialect}{name}"} for status, name in errors.items()
@@ -156,6 +179,7 @@ _ERROR_SCHEMAS = {
     "Error": record(
         {"error": record({"message": TEXT, "type": TEXT, "param": nullable(TEXT), "code": TEXT})},
     ),
+    "InferenceError": record({"error": TEXT}),
     "AnthropicError": record(
         {
             "type": {"const": "error"},
