@@ -19,7 +19,7 @@ from gateway.api.json_body import Body, parse_json, validate
 from gateway.api.open_inference import EXTENSIONS, SERVER_NAME, SERVER_VERSION, OpenInference, Sender
 from gateway.api.open_inference_tensors import BYTES, check_datatype, from_raw, to_raw
 from gateway.api.openapi import documented
-from gateway.api.openapi_schemas import ANY_OBJECT, FLAG, TEXT, array, record
+from gateway.api.openapi_schemas import FLAG, TEXT, array, record
 from gateway.core.open_inference import (
     MAX_ELEMENTS,
     ONLY_VERSION,
@@ -91,10 +91,6 @@ _METADATA = record(
         "outputs": _TENSOR_KINDS,
     }
 )
-_GENERATED = record({"model_name": TEXT, "model_version": TEXT, "id": TEXT})
-_INFERRED = record(
-    {"model_name": TEXT, "model_version": TEXT, "id": TEXT, "parameters": ANY_OBJECT, "outputs": _TENSOR_KINDS}
-)
 
 
 def open_inference_router(inference: OpenInference, readiness: Readiness) -> APIRouter:
@@ -135,13 +131,11 @@ def open_inference_router(inference: OpenInference, readiness: Readiness) -> API
         await inference.describe(principal_of(request), model, version)
         return {"name": model, "ready": True}
 
-    @documented(_INFERRED, body=_InferBody, stream="application/octet-stream")
     async def infer(request: Request, model: ModelPath, version: str = "") -> Response:
         async with _known(request, model, version):
             body, wanted = await _read(request, model, version)
         return _Answer(inference.infer(_sender(request), wanted), lambda answer: _infer_response(answer, body))
 
-    @documented(_GENERATED, body=_GenerateBody)
     async def generate(request: Request, model: ModelPath, version: str = "") -> Response:
         async with _known(request, model, version):
             wanted = await _read_generate(request, model, version)
@@ -150,8 +144,11 @@ def open_inference_router(inference: OpenInference, readiness: Readiness) -> API
     for path in (_MODEL, _MODEL + "/versions/{version}"):
         router.add_api_route(path, model_metadata, methods=["GET"], response_model=None)
         router.add_api_route(path + "/ready", model_ready, methods=["GET"], response_model=None)
-        router.add_api_route(path + "/infer", infer, methods=["POST"], response_model=None)
-        router.add_api_route(path + "/generate", generate, methods=["POST"], response_model=None)
+        # The protocol has a document of its own, and what a model takes is beyond JSON Schema.
+        router.add_api_route(path + "/infer", infer, methods=["POST"], response_model=None, include_in_schema=False)
+        router.add_api_route(
+            path + "/generate", generate, methods=["POST"], response_model=None, include_in_schema=False
+        )
     return router
 
 
