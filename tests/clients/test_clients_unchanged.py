@@ -59,14 +59,14 @@ def test_lm_eval_over_chat(clients, tmp_path):
         clients,
         tmp_path,
         "--tasks",
-        "pressroom_capitals_said",
+        "pressroom_capitals_asked",
         "--apply_chat_template",
         "--model",
         "local-chat-completions",
         "--model_args",
         given,
     )
-    assert _accuracy(printed, "pressroom_capitals_said", "contains") >= 0.5
+    assert _accuracy(printed, "pressroom_capitals_asked", "contains") >= 0.5
 
 
 def test_guidellm(clients, tmp_path):

@@ -16,6 +16,7 @@ import aiohttp
 from bench_overload import load
 from bench_overload.backend import Capacity, serve
 from bench_overload.load import Outcome, Stream
+from testkit import eventually
 from testkit.processes import ServiceProcess
 from testkit.servers import ValkeyServer
 
@@ -57,11 +58,16 @@ async def gateway(valkey: ValkeyServer, generator: str, capacity: Capacity, way:
 
 async def make_key(base_url: str, tenant: str) -> str:
     """A key of the tenant."""
-    headers = {"authorization": f"Bearer {_ADMIN}"}
-    async with (
-        aiohttp.ClientSession(base_url, headers=headers) as session,
-        session.post("/admin/keys", json={"tenant": tenant}) as answer,
-    ):
+    async with aiohttp.ClientSession(base_url, headers={"authorization": f"Bearer {_ADMIN}"}) as session:
+        made = await eventually(lambda: _made(session, tenant))
+        assert made is not None
+        return made
+
+
+async def _made(session: aiohttp.ClientSession, tenant: str) -> str | None:
+    async with session.post("/admin/keys", json={"tenant": tenant}) as answer:
+        if answer.status == 503:  # it is not quite up
+            return None
         answer.raise_for_status()
         key: str = (await answer.json())["key"]
         return key

@@ -7,6 +7,7 @@ import time
 from contextlib import asynccontextmanager
 
 import pytest
+import redis.asyncio as redis
 
 from gateway.backends.valkey_limits import ValkeyLimiter
 from gateway.core.limits import LocalLimiter
@@ -31,6 +32,7 @@ def meter(counted, amount, *, algorithm=Algorithm.FIXED_WINDOW, window_s=60.0, t
 async def gateway(url, *, runs=True, **options):
     """A limiter as a gateway has it; with runs=False its background is dead."""
     limiter = ValkeyLimiter.connect(url, **options)
+    limiter.look = redis.from_url(url)  # for the tests' eyes
     task = asyncio.create_task(limiter.run()) if runs else None
     try:
         yield limiter
@@ -39,12 +41,13 @@ async def gateway(url, *, runs=True, **options):
             task.cancel()
             await asyncio.wait({task})
         await limiter.close()
+        await limiter.look.aclose()
 
 
 async def held(limiter, *meters):
     """What is held in Valkey, by what it adds up to and by what it lists."""
-    sums = [await limiter._client.hget(one.name, "held") for one in meters]
-    lists = [await limiter._client.zcard(f"{one.name}:held") for one in meters]
+    sums = [await limiter.look.hget(one.name, "held") for one in meters]
+    lists = [await limiter.look.zcard(f"{one.name}:held") for one in meters]
     return [int(one or 0) for one in sums], lists
 
 
@@ -87,7 +90,7 @@ async def test_a_request_takes_two_round_trips_one_of_them_after_its_answer(valk
     limits = (meter(Counted.TOKENS, 100), meter(Counted.REQUESTS, 10), meter(Counted.CONCURRENCY, 5))
     async with gateway(valkey.url, timeout_s=PATIENT_S) as limiter:
         for _ in range(2):  # the first loads the scripts
-            await limiter._client.config_resetstat()
+            await limiter.look.config_resetstat()
             verdict = await limiter.reserve(limits, 5, 5)
             assert (await calls(limiter)) == 1
             limiter.settle(verdict, 3)
@@ -96,7 +99,7 @@ async def test_a_request_takes_two_round_trips_one_of_them_after_its_answer(valk
 
 
 async def calls(limiter):
-    stats = await limiter._client.info("commandstats")
+    stats = await limiter.look.info("commandstats")
     return stats.get("cmdstat_evalsha", {"calls": 0})["calls"]
 
 
@@ -210,7 +213,7 @@ async def test_valkey_that_lost_everything_begins_anew_and_settling_leaves_no_de
         tokens = meter(Counted.TOKENS, 100)
         async with gateway(server.url) as limiter:
             verdict = await eventually(lambda: shared(limiter, (tokens,), 60))
-            await limiter._client.flushall()
+            await limiter.look.flushall()
             limiter.settle(verdict, 10)
             await eventually(lambda: not limiter._unsettled)
             after = await eventually(lambda: shared(limiter, (tokens,), 100))
@@ -238,7 +241,7 @@ async def test_the_limits_of_one_tenant_lie_in_one_slot_of_a_cluster():
     with running(ClusteredValkey()) as server:
         limits = (meter(Counted.TOKENS, 100, algorithm=Algorithm.SLIDING_LOG), meter(Counted.CONCURRENCY, 2))
         async with gateway(server.url, timeout_s=PATIENT_S) as limiter:
-            await limiter._client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            await limiter.look.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
             verdict = await eventually(lambda: shared(limiter, limits, 5))
             limiter.settle(verdict, 5)
             await eventually(lambda: nothing_held(limiter, *limits))

@@ -91,14 +91,14 @@ def _tracer_of(provider: trace.TracerProvider) -> trace.Tracer:
 
 def traceparent(span: trace.Span | None = None) -> str:
     """Returns the W3C traceparent of a span (default: the current one); empty where there is none."""
-    carrier: dict[str, str] = {}
-    _PROPAGATOR.inject(carrier, trace.set_span_in_context(span) if span is not None else None)
-    return carrier.get("traceparent", "")
+    own = (span or trace.get_current_span()).get_span_context()
+    return f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}" if own.is_valid else ""
 
 
 def parent_from(carrier: Mapping[str, str]) -> otel_context.Context:
     """Returns the context that a carrier's `traceparent` names; a malformed one starts a new trace."""
-    return _PROPAGATOR.extract(dict(carrier), context=otel_context.Context())
+    nothing = otel_context.Context()
+    return _PROPAGATOR.extract(dict(carrier), context=nothing) if carrier.get("traceparent") else nothing
 
 
 def trace_id(span: trace.Span | None = None) -> str:

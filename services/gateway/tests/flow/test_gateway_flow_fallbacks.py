@@ -22,9 +22,12 @@ ANSWER = [Started(3, "v1"), Delta(0, "a", 1), Finished(0, "stop"), Done(Usage(3,
 class FakeGraph:
     """Gives its events; an error among them is raised, a number is waited for."""
 
+    identity = None  # never shared nor kept
+
     def __init__(self, name, *events, fallbacks=(), first_token_s=None):
         self.name = name
         self.uses_generator = True
+        self.identity = None  # its answers are shared with nobody
         self.events = events
         self.fallbacks = Fallbacks(tuple(fallbacks), first_token_s)
         self.num_runs = self.num_closed = 0

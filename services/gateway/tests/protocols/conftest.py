@@ -53,6 +53,7 @@ class FakeGenerator:
     calls: list[Generation] = field(default_factory=list)
     held: set[str] = field(default_factory=set)  # prompts that wait until they are let go
     failures: dict[str, list[PlatformError]] = field(default_factory=dict)  # what a prompt meets before its answer
+    breaks: set[str] = field(default_factory=set)  # prompts that break off after the first piece
     num_running: int = 0
     most_running: int = 0
     used: dict[str, list[Usage]] = field(default_factory=dict)  # by usage id, one for each call
@@ -71,6 +72,8 @@ class FakeGenerator:
             yield Started(3, "v1")
             used[-1] = Usage(3, 1)
             yield Delta(0, "so: ", 1)
+            if text in self.breaks:
+                raise PlatformError(Code.DATA_LOSS, "gone")
             while text in self.held:  # noqa: ASYNC110 - the test lets go of a set's member
                 await asyncio.sleep(0.01)
             used[-1] = Usage(3, 2)

@@ -140,6 +140,28 @@ async def test_generate_takes_parameters_beside_the_text_or_within(gateway, http
     assert (call.stopping.max_tokens, call.sampling.temperature) == (5, 0.25)
 
 
+async def _events(http, body: dict) -> list[dict]:
+    answer = await http.post(f"/v2/models/{BASE}/generate_stream", json=body)
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream"), answer.text
+    return [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
+
+
+async def test_generate_stream_gives_pieces_and_an_encoder_has_no_text(gateway, http):
+    events = await _events(http, {"text_input": "uno", "max_tokens": 5})
+    assert [one["text_output"] for one in events] == ["so: ", "uno", ""]
+    assert events[-1]["finish_reason"] == "stop"
+    await gateway.accounted([(1, 0, 3, 2)], slice(3, 7))
+    refused = await http.post(f"/v2/models/{ENCODER}/generate", json={"text_input": "x"})
+    assert (refused.status_code, "generate" in refused.json()["error"]) == (404, True)
+
+
+async def test_a_stream_that_breaks_off_says_so(gateway, http):
+    gateway.generator.breaks = {"x"}
+    *pieces, last = await _events(http, {"text_input": "x"})
+    assert [one["text_output"] for one in pieces] == ["so: "]
+    assert last == {"error": "gone"}
+
+
 ONE = texts("text_input", "x")
 BAD_BODIES = {
     "no JSON": b"{",

@@ -24,6 +24,7 @@ from gateway.api.http_admin_keys import keys_router
 from gateway.api.http_documents import documents_router
 from gateway.api.http_evaluations import evaluations_router
 from gateway.api.http_jobs import jobs_router
+from gateway.api.openai_batches import batches_router
 from gateway.api.openai_files import files_router
 from gateway.api.openai_finetuning import finetuning_router
 from gateway.api.settlement import Recorder
@@ -32,6 +33,7 @@ from gateway.backends.bus_control import BusControl
 from gateway.backends.directory_files import DirectoryFiles
 from gateway.backends.graph_files import Services, assemble, read_graphs
 from gateway.backends.sqlite import Database
+from gateway.backends.sqlite_batches import SqliteBatches
 from gateway.backends.sqlite_documents import SqliteDocuments
 from gateway.backends.sqlite_finetuning import SqliteEvaluations, SqliteFinetunes
 from gateway.backends.sqlite_idempotency import SqliteIdempotency
@@ -42,6 +44,7 @@ from gateway.backends.sqlite_outbox import SqliteOutbox
 from gateway.backends.sqlite_schema import MIGRATIONS
 from gateway.backends.sqlite_uploads import SqliteUploads
 from gateway.core.administration import Administration, NewKey
+from gateway.core.batches import Batches
 from gateway.core.catalog import Catalog
 from gateway.core.documents import Indexed, Library
 from gateway.core.evaluations import Evaluations, Task
@@ -295,6 +298,7 @@ async def make_world(database: Database, directory: Path) -> World:
                 Library(files, SqliteDocuments(database, outbox), jobs, FakeIndex(), control, events.ingest_job),
                 max_upload_bytes=MAX_UPLOAD_BYTES,
             ),
+            batches_router(Batches(SqliteBatches(database, outbox), kept, events.batch_job), control),
             keys_router(administration),
         ),
     )

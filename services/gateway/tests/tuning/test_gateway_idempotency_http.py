@@ -31,6 +31,17 @@ async def creators(world):
         "files": ("/files", {"files": {"file": ("a.jsonl", LINE)}, "data": {"purpose": "fine-tune"}}, "uploads"),
         "fine_tuning": ("/fine_tuning/jobs", {"json": {"model": BASE, "training_file": file_id}}, "finetunes"),
         "evaluations": ("/evaluations", {"json": {"model": BASE, "task": "facts"}}, "jobs"),
+        "batches": (
+            "/batches",
+            {
+                "json": {
+                    "input_file_id": await world.upload(purpose="batch"),
+                    "endpoint": "/v1/chat/completions",
+                    "completion_window": "24h",
+                }
+            },
+            "batches",
+        ),
         "keys": ("http://gateway/admin/keys", {"json": {"tenant": "acme"}}, "keys"),
     }
 
@@ -41,7 +52,7 @@ async def count(world, table):
     )
 
 
-WHAT = ["documents as JSON", "documents as a form", "files", "fine_tuning", "evaluations", "keys"]
+WHAT = ["documents as JSON", "documents as a form", "files", "fine_tuning", "evaluations", "batches", "keys"]
 
 
 @pytest.mark.parametrize("what", WHAT)

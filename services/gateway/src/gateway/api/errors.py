@@ -1,6 +1,6 @@
 """The error envelopes: the one place where an exception becomes an HTTP answer.
 
-OpenAI's envelope is the platform's; a client of Anthropic's API gets that API's own.
+OpenAI's envelope is the platform's; a client of another API gets that API's own.
 
 Routes raise PlatformError and never build an error by hand.
 """
@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from chassis.errors import Code, PlatformError, http_status, openai_type
-from gateway.api import anthropic_errors
+from gateway.api import anthropic_errors, open_inference_errors
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ def error_response(error: PlatformError, scope: Scope) -> Response:
     """The whole answer for an error of the request with that scope."""
     if anthropic_errors.is_spoken(scope):
         content = anthropic_errors.envelope(error, scope["state"]["request_id"])
-    elif scope["path"].startswith("/v2/"):  # clients of the Open Inference Protocol read a text there
-        content = {"error": error.message}
+    elif open_inference_errors.is_spoken(scope["path"]):
+        content = open_inference_errors.envelope(error)
     else:
         content = envelope(error)
     return Response(

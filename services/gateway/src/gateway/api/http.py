@@ -10,11 +10,12 @@ from starlette.types import ASGIApp
 
 from gateway.api import errors, openapi
 from gateway.api.anthropic_messages import messages_router
+from gateway.api.direct import DirectRoutes
 from gateway.api.http_health import health_router
 from gateway.api.in_process import InProcess
 from gateway.api.middleware import RequestFrame
 from gateway.api.middleware_access import Authentication, BodyCap, Permission, RateLimit
-from gateway.api.middleware_account import Accounting
+from gateway.api.middleware_account import INFERENCE_ROUTES, Accounting
 from gateway.api.middleware_idempotency import Idempotency
 from gateway.api.middleware_wishes import Wishes
 from gateway.api.openai_chat import chat_router
@@ -80,7 +81,8 @@ def make_app(
     openapi.install(routes, api_routes)
     # From the outside in: the frame, the key, the account, the limit, the scopes, the wishes, the size, what was
     # answered before, the routes.
-    once = Idempotency(routes, keys=idempotency) if idempotency else routes
+    direct = DirectRoutes(routes, [route for route in api_routes if route.path in INFERENCE_ROUTES])
+    once = Idempotency(direct, keys=idempotency) if idempotency else direct
     capped = BodyCap(once, max_body_bytes=limits.max_body_bytes, max_upload_bytes=limits.max_upload_bytes)
     accounted = Accounting(RateLimit(Permission(Wishes(capped)), limiter=limiter), recorder=recorder)
     if in_process is not None:

@@ -3,15 +3,12 @@
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from gateway.api.openapi import documented
-
 
 def health_router() -> APIRouter:
     """The route."""
     router = APIRouter()
 
-    @router.get("/health", response_model=None)
-    @documented(media_type="")
+    @router.get("/health", response_model=None, include_in_schema=False)
     async def health() -> Response:
         """Says that the process answers, as vLLM does: with no body."""
         return Response()

@@ -107,7 +107,7 @@ class _Exchange:
 
 
 def _error_code(body: bytes | bytearray) -> str:
-    return str(orjson.loads(body)["error"]["code"])
+    return str(orjson.loads(body)["error"].get("code", ""))  # Anthropic's envelope has none
 
 
 def _scope(path: str, num_bytes: int, state: dict[str, Any]) -> Scope:

@@ -160,7 +160,7 @@ class InferenceResponse(Response):
 
     async def _send_stream(self, scope: Scope, send: Send) -> None:
         framing = self._rendering.framing
-        started = False
+        started = has_spoken = False
         try:
             async with aclosing(self._events) as events:
                 async for event in events:
@@ -171,6 +171,9 @@ class InferenceResponse(Response):
                         started = True
                         await send({"type": "http.response.start", "status": 200, "headers": _stream_headers(framing)})
                     await send({"type": "http.response.body", "body": data, "more_body": True})
+                    if not has_spoken and self._account.ttft_s:
+                        has_spoken = True
+                        await asyncio.sleep(0)  # the loop turns: the first token leaves before the rest is made
             last = framing.end
         except PlatformError as error:
             if not started:

@@ -12,7 +12,7 @@ import uuid
 from typing import Any
 
 from opentelemetry import trace
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chassis import context, metrics, telemetry
@@ -89,11 +89,14 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self._status = message["status"]
             state = self._scope["state"]
-            headers = MutableHeaders(scope=message)
-            headers[HEADER_REQUEST_ID] = state["request_id"]
-            headers[HEADER_TRACE_ID] = state["trace_id"]
-            for name, value in state["answer_headers"].items():
-                headers[name] = value
+            ours = {
+                HEADER_REQUEST_ID: state["request_id"],
+                HEADER_TRACE_ID: state["trace_id"],
+                **state["answer_headers"],
+            }
+            added = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in ours.items()]
+            names = {name for name, _ in added}
+            message["headers"] = [*(one for one in message["headers"] if one[0] not in names), *added]
         await self._send_raw(message)
 
     def _finish(self) -> None:

@@ -20,7 +20,7 @@ INFERENCE_ROUTES = frozenset(
         "/v1/responses",
     }
 )
-_MODEL_ROUTE = re.compile(r"/v2/models/[^/]+(?:/versions/[^/]+)?/(infer|generate)")
+_MODEL_ROUTE = re.compile(r"/v2/models/[^/]+(?:/versions/[^/]+)?/(infer|generate|generate_stream)")
 
 
 def inference_route(path: str) -> str | None:

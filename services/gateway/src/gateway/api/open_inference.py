@@ -87,6 +87,12 @@ class OpenInference:
             raise model_not_found(name)
         return _encoder_kind(name)
 
+    async def check_generates(self, principal: Principal, name: str) -> None:
+        """Raises NOT_FOUND for a model that gives no text, or that is none at all."""
+        if (await self.describe(principal, name, "")).outputs[0].datatype != "BYTES":
+            message = f"the model {name[:200]!r} does not generate text; ask it with infer"
+            raise PlatformError(Code.NOT_FOUND, message, param="model")
+
     async def infer(self, sender: Sender, request: InferRequest) -> InferResponse:
         """Asks a model; raises PlatformError as the OpenAI routes do."""
         check_version(request.version)

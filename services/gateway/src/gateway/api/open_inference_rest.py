@@ -1,18 +1,19 @@
 """The routes of /v2: the Open Inference Protocol over REST, with Triton's binary data and its generate extension."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from chassis.errors import Code, PlatformError
+from gateway.api import errors
 from gateway.api.identity import principal_of
 from gateway.api.inference import account_of, deadline_of, finished_before_client_left, json_response
 from gateway.api.json_body import Body, parse_json, validate
@@ -32,14 +33,14 @@ from gateway.core.open_inference import (
 from gateway.core.readiness import Readiness
 
 _MODEL = "/v2/models/{model}"
+_SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
 _HEADER_LENGTH = "inference-header-content-length"
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
-ModelPath = Annotated[str, Path(json_schema_extra={"format": "model-id"})]
 Parameters = Annotated[dict[Name, bool | int | float | str], Field(max_length=64)]
 
 
-class _Input(Body):
+class InferInput(Body):
     name: Name
     datatype: Annotated[str, Field(max_length=40)]
     shape: Annotated[list[Annotated[int, Field(ge=0, le=MAX_ELEMENTS)]], Field(min_length=1, max_length=8)]
@@ -47,7 +48,7 @@ class _Input(Body):
     data: Any = None
 
 
-class _Output(Body):
+class InferOutput(Body):
     name: Name
     parameters: Parameters | None = None
 
@@ -58,13 +59,13 @@ class _Output(Body):
         return said if isinstance(said, bool) else None
 
 
-class _InferBody(Body):
+class InferBody(Body):
     """The request."""
 
     id: Annotated[str, Field(max_length=256)] | None = None
     parameters: Parameters | None = None
-    inputs: Annotated[list[_Input], Field(min_length=1, max_length=64)]
-    outputs: Annotated[list[_Output], Field(max_length=64)] | None = None
+    inputs: Annotated[list[InferInput], Field(min_length=1, max_length=64)]
+    outputs: Annotated[list[InferOutput], Field(max_length=64)] | None = None
 
     def binary_outputs(self) -> Callable[[str], bool]:
         """Says of an output's name whether it is wanted as bytes."""
@@ -73,38 +74,23 @@ class _InferBody(Body):
         return lambda name: every if (own := said.get(name)) is None else own
 
 
-class _GenerateBody(Body):
+class GenerateBody(Body):
     """Triton's generate: parameters beside the text or in `parameters`."""
 
-    text_input: Annotated[str, Field(min_length=1)]
+    text_input: str
     id: Annotated[str, Field(max_length=256)] | None = None
     parameters: Parameters | None = None
 
 
-_TENSOR_KINDS = array(record({"name": TEXT, "datatype": TEXT, "shape": array({"type": "integer"})}))
-_METADATA = record(
-    {
-        "name": TEXT,
-        "versions": array(TEXT),
-        "platform": TEXT,
-        "inputs": _TENSOR_KINDS,
-        "outputs": _TENSOR_KINDS,
-    }
+_TENSOR = record({"name": TEXT, "datatype": TEXT, "shape": array({"type": "integer"})})
+_KIND = record(
+    {"name": TEXT, "versions": array(TEXT), "platform": TEXT, "inputs": array(_TENSOR), "outputs": array(_TENSOR)}
 )
 
 
 def open_inference_router(inference: OpenInference, readiness: Readiness) -> APIRouter:
     """Makes the routes."""
     router = APIRouter()
-
-    @asynccontextmanager
-    async def _known(request: Request, model: str, version: str) -> AsyncIterator[None]:
-        """Within it an unknown model is 404, whatever else is wrong."""
-        try:
-            yield
-        except PlatformError:
-            await inference.describe(principal_of(request), model, version)
-            raise
 
     @router.get("/v2", response_model=None)
     @documented(record({"name": TEXT, "version": TEXT, "extensions": array(TEXT)}))
@@ -118,37 +104,42 @@ def open_inference_router(inference: OpenInference, readiness: Readiness) -> API
 
     @router.get("/v2/health/ready", response_model=None)
     @documented(record({"ready": FLAG}))
-    async def ready() -> Response:
-        is_ready = await readiness.check()
-        return Response(orjson.dumps({"ready": is_ready}), 200 if is_ready else 503, media_type="application/json")
+    async def ready() -> dict[str, Any]:
+        if not await readiness.check():
+            raise PlatformError(Code.UNAVAILABLE, "a service that models need does not answer", retry_after_s=1.0)
+        return {"ready": True}
 
-    @documented(_METADATA)
-    async def model_metadata(request: Request, model: ModelPath, version: str = "") -> dict[str, Any]:
+    @documented(_KIND)
+    async def model_metadata(request: Request, model: str, version: str = "") -> dict[str, Any]:
         return _kind_shape(await inference.describe(principal_of(request), model, version))
 
     @documented(record({"name": TEXT, "ready": FLAG}))
-    async def model_ready(request: Request, model: ModelPath, version: str = "") -> dict[str, Any]:
+    async def model_ready(request: Request, model: str, version: str = "") -> dict[str, Any]:
         await inference.describe(principal_of(request), model, version)
         return {"name": model, "ready": True}
 
-    async def infer(request: Request, model: ModelPath, version: str = "") -> Response:
-        async with _known(request, model, version):
-            body, wanted = await _read(request, model, version)
+    async def infer(request: Request, model: str, version: str = "") -> Response:
+        body, wanted = await _read(request, model, version)
         return _Answer(inference.infer(_sender(request), wanted), lambda answer: _infer_response(answer, body))
 
-    async def generate(request: Request, model: ModelPath, version: str = "") -> Response:
-        async with _known(request, model, version):
-            wanted = await _read_generate(request, model, version)
+    async def generate(request: Request, model: str, version: str = "") -> Response:
+        wanted = await _read_generate(request, model, version)
+        await inference.check_generates(principal_of(request), model)
         return _Answer(inference.infer(_sender(request), wanted), _generate_response)
+
+    async def generate_stream(request: Request, model: str, version: str = "") -> Response:
+        wanted = await _read_generate(request, model, version)
+        await inference.check_generates(principal_of(request), model)
+        return _Stream(inference.stream(_sender(request), wanted))
 
     for path in (_MODEL, _MODEL + "/versions/{version}"):
         router.add_api_route(path, model_metadata, methods=["GET"], response_model=None)
         router.add_api_route(path + "/ready", model_ready, methods=["GET"], response_model=None)
-        # The protocol has a document of its own, and what a model takes is beyond JSON Schema.
-        router.add_api_route(path + "/infer", infer, methods=["POST"], response_model=None, include_in_schema=False)
-        router.add_api_route(
-            path + "/generate", generate, methods=["POST"], response_model=None, include_in_schema=False
-        )
+        # The protocol has a document of its own, open_inference_rest.yaml; what makes a tensor whole no schema says.
+        for action, endpoint in (("infer", infer), ("generate", generate), ("generate_stream", generate_stream)):
+            router.add_api_route(
+                f"{path}/{action}", endpoint, methods=["POST"], response_model=None, include_in_schema=False
+            )
     return router
 
 
@@ -172,6 +163,45 @@ class _Answer(Response):
             scope["state"]["account"].finish_reason = "cancelled"
 
 
+class _Stream(Response):
+    """Sends answers as they come, as server-sent events; what fails after the first is a last one with `error`."""
+
+    def __init__(self, answers: AsyncGenerator[InferResponse]) -> None:
+        super().__init__()
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Works until everything was sent or the client left."""
+        if not await finished_before_client_left(self._send(scope, send), receive):
+            scope["state"]["account"].finish_reason = "cancelled"
+
+    async def _send(self, scope: Scope, send: Send) -> None:
+        has_begun, last = False, b""
+        try:
+            async with aclosing(self._answers) as answers:
+                async for answer in answers:
+                    if not has_begun:
+                        has_begun = True
+                        await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+                    await send({"type": "http.response.body", "body": _event(_generated(answer)), "more_body": True})
+        except PlatformError as error:
+            if not has_begun:
+                raise
+            scope["state"]["error"] = error
+            last = _event({"error": error.message})
+        except Exception as error:
+            if not has_begun:
+                raise
+            errors.log_unexpected(error)
+            scope["state"]["error"] = errors.internal_error()
+            last = _event({"error": errors.INTERNAL_MESSAGE})
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _event(content: Mapping[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(content) + b"\n\n"
+
+
 def _sender(request: Request) -> Sender:
     return Sender(principal_of(request), account_of(request), deadline_of(request))
 
@@ -187,7 +217,7 @@ async def _body(request: Request) -> bytes:
         raise PlatformError(Code.CANCELLED, "the client left while it sent the body") from None
 
 
-async def _read(request: Request, model: str, version: str) -> tuple[_InferBody, InferRequest]:
+async def _read(request: Request, model: str, version: str) -> tuple[InferBody, InferRequest]:
     """Reads JSON and what bytes follow it; raises INVALID_ARGUMENT."""
     raw = await _body(request)
     said = request.headers.get(_HEADER_LENGTH)
@@ -197,7 +227,7 @@ async def _read(request: Request, model: str, version: str) -> tuple[_InferBody,
             message = f"{_HEADER_LENGTH} must be the length of the JSON in front of the bytes"
             raise PlatformError(Code.INVALID_ARGUMENT, message, param=_HEADER_LENGTH)
         num_bytes = int(said)
-    body = validate(parse_json(raw[:num_bytes]), _InferBody)
+    body = validate(parse_json(raw[:num_bytes]), InferBody)
     wanted = InferRequest(
         model,
         version,
@@ -209,7 +239,7 @@ async def _read(request: Request, model: str, version: str) -> tuple[_InferBody,
     return body, wanted
 
 
-def _tensors(inputs: Sequence[_Input], raw: bytes) -> Iterable[Tensor]:
+def _tensors(inputs: Sequence[InferInput], raw: bytes) -> Iterable[Tensor]:
     at = 0
     for one in inputs:
         size = (one.parameters or {}).get("binary_data_size")
@@ -227,7 +257,7 @@ def _tensors(inputs: Sequence[_Input], raw: bytes) -> Iterable[Tensor]:
         )
 
 
-def _from_json(one: _Input) -> Tensor:
+def _from_json(one: InferInput) -> Tensor:
     check_datatype(one.name, one.datatype)
     values: list[Any] = []
     for value in _flat(one.data):
@@ -261,7 +291,7 @@ def _flat(data: object) -> Iterable[object]:
 
 async def _read_generate(request: Request, model: str, version: str) -> InferRequest:
     fields = parse_json(await _body(request))
-    body = validate(fields, _GenerateBody)
+    body = validate(fields, GenerateBody)
     beside = {
         name: value
         for name, value in fields.items()
@@ -271,7 +301,7 @@ async def _read_generate(request: Request, model: str, version: str) -> InferReq
     return InferRequest(model, version, body.id or "", beside | (body.parameters or {}), (prompt,))
 
 
-def _infer_response(answer: InferResponse, body: _InferBody) -> Response:
+def _infer_response(answer: InferResponse, body: InferBody) -> Response:
     is_binary, blobs, outputs = body.binary_outputs(), [], []
     for one in answer.outputs:
         shown: dict[str, Any] = {"name": one.name, "datatype": one.datatype, "shape": list(one.shape)}
@@ -299,8 +329,13 @@ def _infer_response(answer: InferResponse, body: _InferBody) -> Response:
 
 
 def _generate_response(answer: InferResponse) -> Response:
+    return json_response(_generated(answer))
+
+
+def _generated(answer: InferResponse) -> dict[str, Any]:
+    """What generate says of one text, or of a piece of it."""
     shown = {one.name: one.values[0].decode() for one in answer.outputs if isinstance(one.values[0], bytes)}
-    return json_response({"model_name": answer.model, "model_version": ONLY_VERSION, "id": answer.id} | shown)
+    return {"model_name": answer.model, "model_version": ONLY_VERSION, "id": answer.id} | shown
 
 
 def _kind_shape(kind: ModelKind) -> dict[str, Any]:

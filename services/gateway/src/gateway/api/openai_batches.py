@@ -1,8 +1,7 @@
 """The routes of /v1/batches: OpenAI's paths and shapes."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
@@ -12,7 +11,7 @@ from gateway.api.json_body import Body, read_json
 from gateway.api.openai_files import page_shape
 from gateway.api.openai_finetuning import Id, MetadataKey, MetadataValue
 from gateway.api.openapi import documented
-from gateway.api.openapi_schemas import COUNT, TEXT, TIME, nullable, one_of, page, record
+from gateway.api.openapi_schemas import ANY_OBJECT, COUNT, TEXT, TIME, array, nullable, one_of, page, record
 from gateway.core.batch_lines import Fault
 from gateway.core.batches import Batch, Batches
 from gateway.core.jobs import Canceller
@@ -23,27 +22,40 @@ PATH = "/v1/batches"
 class BatchBody(Body):
     """The request."""
 
-    refused: ClassVar[Mapping[str, str]] = MappingProxyType(
-        {"output_expires_after": "files do not expire: delete them"}
-    )
-
     input_file_id: Id
-    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings"]
+    endpoint: Literal[
+        "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/messages", "/v1/rerank", "/v1/responses"
+    ]
     completion_window: Literal["24h"]
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    output_expires_after: None = Field(None, description="Files do not expire: delete them.")
 
 
-BATCH = record(
+_FAULT = record({"code": TEXT, "message": TEXT, "param": nullable(TEXT), "line": nullable(COUNT)})
+_BATCH = record(
     {
         "id": TEXT,
         "object": one_of("batch"),
         "endpoint": TEXT,
+        "errors": nullable(record({"object": one_of("list"), "data": array(_FAULT)})),
         "input_file_id": TEXT,
-        "status": TEXT,
+        "completion_window": one_of("24h"),
+        "status": one_of(
+            "validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"
+        ),
         "output_file_id": nullable(TEXT),
         "error_file_id": nullable(TEXT),
         "created_at": TIME,
+        "expires_at": TIME,
+        "in_progress_at": nullable(TIME),
+        "finalizing_at": nullable(TIME),
+        "completed_at": nullable(TIME),
+        "failed_at": nullable(TIME),
+        "expired_at": nullable(TIME),
+        "cancelling_at": nullable(TIME),
+        "cancelled_at": nullable(TIME),
         "request_counts": record({"total": COUNT, "completed": COUNT, "failed": COUNT}),
+        "metadata": nullable(ANY_OBJECT),
     }
 )
 
@@ -53,7 +65,7 @@ def batches_router(batches: Batches, canceller: Canceller) -> APIRouter:
     router = APIRouter()
 
     @router.post(PATH, response_model=None)
-    @documented(BATCH, body=BatchBody)
+    @documented(_BATCH, body=BatchBody)
     async def create_batch(request: Request) -> dict[str, Any]:
         body = await read_json(request, BatchBody)
         principal = principal_of(request)
@@ -67,7 +79,7 @@ def batches_router(batches: Batches, canceller: Canceller) -> APIRouter:
         return batch_shape(batch)
 
     @router.get(PATH, response_model=None)
-    @documented(page(BATCH, with_ends=True))
+    @documented(page(_BATCH, with_ends=True))
     async def list_batches(
         request: Request,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
@@ -77,12 +89,12 @@ def batches_router(batches: Batches, canceller: Canceller) -> APIRouter:
         return page_shape([batch_shape(one) for one in found[:limit]], has_more=len(found) > limit)
 
     @router.get(PATH + "/{batch_id}", response_model=None)
-    @documented(BATCH)
+    @documented(_BATCH)
     async def get_batch(request: Request, batch_id: str) -> dict[str, Any]:
         return batch_shape(await batches.get(principal_of(request).tenant, batch_id))
 
     @router.post(PATH + "/{batch_id}/cancel", response_model=None)
-    @documented(BATCH)
+    @documented(_BATCH)
     async def cancel_batch(request: Request, batch_id: str) -> dict[str, Any]:
         batch = await batches.cancel(principal_of(request).tenant, batch_id)
         await canceller.cancel(batch.job.job_id, "cancelled by the client")

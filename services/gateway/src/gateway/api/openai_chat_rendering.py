@@ -25,6 +25,11 @@ class _Choice:
 
     def take(self, delta: Delta) -> Iterable[tuple[Mapping[str, object], Sequence[TokenLogprob]]]:
         """The deltas to show for a piece, and the log probabilities to tell with each: those of calls are not told."""
+        if self._tools is None and not delta.logprobs:  # nearly always
+            self.text.append(delta.text)
+            if delta.text:
+                yield {"content": delta.text}, ()
+            return
         if self._tools is None:
             self.text.append(delta.text)
             shown: list[tuple[Mapping[str, object], bool]] = [({"content": delta.text}, True)]
@@ -146,10 +151,11 @@ class ChatRendering(DataEvents):
         finish_reason: str | None = None,
     ) -> dict[str, object]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        chunk = self._head("chat.completion.chunk") | {"choices": [choice]}
-        if not self._include_usage:
-            return chunk
-        return chunk | {"usage": usage_object(self._usage) if self._continuous_usage else None}
+        chunk = self._head("chat.completion.chunk")
+        chunk["choices"] = [choice]
+        if self._include_usage:
+            chunk["usage"] = usage_object(self._usage) if self._continuous_usage else None
+        return chunk
 
     def _grounded(self) -> dict[str, object]:
         return {} if self._grounding is None else grounding_fields(self._grounding)

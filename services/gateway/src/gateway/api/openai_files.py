@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
@@ -26,18 +26,15 @@ _MAX_PAGE = 1_000  # OpenAI's clients may ask for 10,000, and read page by page 
 _MAX_FILENAME_CHARS = 255
 
 
-_Purposes = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
-_PURPOSES = get_args(_Purposes)
-
-
 class _UploadBody(Body):
     """What a client says of its file."""
 
     model_config = ConfigDict(extra="forbid")
 
-    purpose: _Purposes
+    purpose: Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 
 
+_CLIENTS_PURPOSES = [purpose for purpose in Purpose if purpose is not Purpose.BATCH_OUTPUT]
 FILE_OBJECT = record(
     {
         "id": TEXT,
@@ -57,7 +54,7 @@ def files_router(uploads: Uploads, content: FileContent, *, max_upload_bytes: in
     router = APIRouter()
 
     @router.post("/v1/files", response_model=None)
-    @documented(FILE_OBJECT, form=form({"file": FILE, "purpose": one_of(*_PURPOSES)}))
+    @documented(FILE_OBJECT, form=form({"file": FILE, "purpose": one_of(*_CLIENTS_PURPOSES)}))
     async def upload_file(request: Request) -> dict[str, Any]:
         tenant = principal_of(request).tenant
         form = await read_form(request, max_upload_bytes, _FORM_FIELDS)

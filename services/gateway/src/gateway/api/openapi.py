@@ -16,7 +16,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_jso
 from pydantic_core import core_schema
 
 from contracts.names import HEADER_REQUEST_ID, HEADER_TRACE_ID
-from gateway.api import anthropic_errors
+from gateway.api import anthropic_errors, open_inference_errors
 from gateway.api.middleware_access import is_protected
 from gateway.api.openapi_schemas import TEXT, Schema, nullable, record
 
@@ -68,7 +68,7 @@ def documented(
     """Says what a route answers, and what it reads: a JSON body, a form with a file, or either.
 
     answer: the JSON Schema of a good answer; None where it is no JSON. stream: the media type of an answer in pieces.
-    file_types: what the form's file may be. media_type: empty for an answer without a body.
+    file_types: what the form's file may be.
     """
 
     def say(endpoint: E) -> E:
@@ -113,11 +113,9 @@ def _document(routes: list[APIRoute]) -> dict[str, Any]:
     document["components"] = {
         "schemas": definitions.get("$defs", {}) | _ERROR_SCHEMAS,
         "headers": _HEADERS,
-        "responses": {
-            name: response
-            for schema, dialect in (("Error", ""), ("AnthropicError", "Anthropic"), ("InferenceError", "Inference"))
-            for name, response in _error_responses(schema, dialect).items()
-        },
+        "responses": _error_responses("Error", "")
+        | _error_responses("AnthropicError", "Anthropic")
+        | _error_responses("InferenceError", "Inference"),
         "securitySchemes": {
             "bearer": {"type": "http", "scheme": "bearer", "description": _SECURITY},
         },
@@ -142,24 +140,24 @@ def _complete(
             content["multipart/form-data"]["encoding"] = {"file": {"contentType": ", ".join(said.file_types)}}
     if content:
         operation["requestBody"] = {"required": said.needs_body, "content": content}
-    answers: dict[str, Any] = {}
-    if said.media_type:
-        answers[said.media_type] = {"schema": said.answer} if said.answer is not None else {}
+    answers: dict[str, Any] = {said.media_type: {"schema": said.answer} if said.answer is not None else {}}
     if said.stream is not None:
         answers[said.stream] = {"schema": TEXT}
     headers = dict(_ALWAYS)
     if is_protected(path):
         operation["security"] = [{"bearer": []}]
         headers |= _LIMITS
-    good: dict[str, Any] = {"description": "What was asked for.", "headers": headers}
-    if answers:
-        good["content"] = answers
-    dialect = "Anthropic" if anthropic_errors.is_spoken({"path": path, "headers": []}) else ""
-    dialect = "Inference" if path.startswith("/v2/") else dialect
+    good = {"description": "What was asked for.", "headers": headers, "content": answers}
     errors = _ERRORS if content else _ERRORS_WITHOUT_BODY
     operation["responses"] = {str(said.status): good} | {
-        status: {"$ref": f"#/components/responses/{dialect}{name}"} for status, name in errors.items()
+        status: {"$ref": f"#/components/responses/{_dialect(path)}{name}"} for status, name in errors.items()
     }
+
+
+def _dialect(path: str) -> str:
+    if open_inference_errors.is_spoken(path):
+        return "Inference"
+    return "Anthropic" if anthropic_errors.is_spoken({"path": path, "headers": []}) else ""
 
 
 _ERRORS_WITHOUT_BODY = {

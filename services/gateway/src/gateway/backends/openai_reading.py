@@ -66,7 +66,10 @@ class AnswerReader:
                 self._has_started = True
                 yield self._started(chunk, usage)
             for choice in choices:
-                yield from self._choice(choice, usage)
+                if (delta := self._plain_text(choice)) is not None:
+                    yield delta
+                else:
+                    yield from self._choice(choice, usage)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise Malformed(f"a chunk that is none of OpenAI's ({type(error).__name__})") from error
 
@@ -103,6 +106,19 @@ class AnswerReader:
         if usage is not None and usage.prompt_tokens:
             return Started(usage.prompt_tokens, _fingerprint(chunk))
         return Started(prompt_estimate(self._call), _fingerprint(chunk), is_estimate=True)
+
+    def _plain_text(self, choice: Mapping[str, Any]) -> Delta | None:
+        """What nearly every chunk is: a piece of text and nothing else. None for all others."""
+        said = choice.get("delta")
+        if not said or len(said) > 1 or choice.get("finish_reason") is not None or choice.get("logprobs") is not None:
+            return None
+        text = said.get("content")
+        if not text or not isinstance(text, str) or self._has_running_usage:
+            return None
+        index = self._index(choice)
+        self._counted[index] += 1
+        self._num_chars += len(text)
+        return Delta(index, text, 1)
 
     def _choice(self, choice: Mapping[str, Any], usage: Usage | None) -> Iterator[GenerationEvent]:
         index = self._index(choice)

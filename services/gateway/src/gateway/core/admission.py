@@ -25,7 +25,7 @@ from gateway.core.serving import Ask
 _BACKGROUND_PART = 4  # of so many places one is for the background
 _WIDEST_PART = 2  # of so many places a request has one at most, or it would wait until nothing else runs
 _NEVER = Deadline(float("inf"))
-_MARGIN = 1.25  # work may take so much longer than the last requests' did
+_MARGIN = 1.25  # waits and work may take so much longer than the last requests' did
 _LEAST_RETRY_S, _MOST_RETRY_S = 1.0, 60.0
 
 
@@ -156,7 +156,8 @@ class Lane:
         wait_s = self._expected_wait_s(place)
         if wait_s > self._longest_wait_s(place):
             raise self._shed(Cause.WAIT, place)
-        if wait_s + self._work_s(place) > left_s:
+        # With a margin for the wait too: who is refused should hear it now, and not when its turn comes too late.
+        if _MARGIN * wait_s + self._work_s(place) > left_s:
             raise self._shed(Cause.DEADLINE, place)
 
     def _work_s(self, place: _Place) -> float:

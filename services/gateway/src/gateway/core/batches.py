@@ -5,12 +5,12 @@ or the bus; core.batch_run does the work.
 """
 
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from chassis.errors import Code, PlatformError
+from gateway.core import creation
 from gateway.core.batch_lines import Fault, Result
 from gateway.core.jobs import Job, JobStatus
 from gateway.core.outbox import Message
@@ -155,11 +155,12 @@ class Batches:
                 param="input_file_id",
                 reason="invalid_file_purpose",
             )
+        job_id = f"batch_{creation.new_id('job')}"
+        if creation.may_exist() and (existing := await self._store.get(tenant, job_id)):
+            return existing
         created_unix_ms = int(self._now() * 1000)
         batch = Batch(
-            job=Job(
-                f"batch_{uuid.uuid4().hex}", tenant, TYPE, created_unix_ms, file_id=upload.upload_id, key_id=key_id
-            ),
+            job=Job(job_id, tenant, TYPE, created_unix_ms, file_id=upload.upload_id, key_id=key_id),
             endpoint=endpoint,
             input_upload_id=upload.upload_id,
             expires_unix_ms=created_unix_ms + WINDOW_S * 1000,

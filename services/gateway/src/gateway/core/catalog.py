@@ -8,6 +8,7 @@ from dataclasses import replace
 from chassis.errors import Code, PlatformError
 from gateway.core.finetuning import TunedModel, TunedModels
 from gateway.core.graph import Deadline, Fallbacks, Graph, GraphEvent, GraphRequest, Sequenced
+from gateway.core.repeats import UNTOLD
 from gateway.core.services import Chat, Embedder, Generator, ServedModel, Tokenized
 
 _TIMEOUT_S = 2.0
@@ -114,11 +115,13 @@ class Catalog:
         return plain[0]
 
     async def version(self, graph: Graph) -> str | None:
-        """Which version of the model would answer now; None where that cannot be known at once.
+        """Which version of the model would answer now; None where that cannot be known at once, UNTOLD for an upstream.
 
         The generator is asked each time, since adapters and models are changed while it runs; who asks at the same
         time shares its answer.
         """
+        if not graph.uses_generator:
+            return UNTOLD
         if self._asking is None:
             self._asking = asyncio.create_task(self._versions())
             self._asking.add_done_callback(self._asked)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 HEADER = "x-pressroom-cache"
 _FORMAT = 1  # of what is compared: a new number forgets every entry
+UNTOLD = "*"  # the version of a model that is changed by others, unseen: only time makes its answers old
 _MAX_WRITING = 32  # entries that are being written at a time; more are not kept
 _ENOUGH_S = 60.0  # a run that may still take so long, or half as long as oneself has, is good enough to join
 _CHANGES_NO_ANSWER = frozenset({"priority", "usage_id"})
@@ -66,7 +67,7 @@ class Versions(Protocol):
     """Which version of a model answers now."""
 
     async def version(self, graph: Graph) -> str | None:
-        """What Started would say now; None where it is not known. Never raises PlatformError."""
+        """What Started would say now; None where it is not known, UNTOLD where nobody can. Raises no PlatformError."""
         ...
 
 
@@ -125,7 +126,7 @@ class Repeats:
             flight = await self._flight(ask, graph, key)
             if flight is None and keeps:
                 entry = await self._cache.get(key)
-                if entry is not None and entry.model_version == await self._versions.version(graph):
+                if entry is not None and await self._versions.version(graph) in (entry.model_version, UNTOLD):
                     _mark(ask, graph, Repeat.HIT)
                     for event in entry.events:
                         yield ask.account.take_repeated(event)
@@ -157,7 +158,7 @@ class Repeats:
         led = self._led.get(key)
         if led is not None and led.suits(ask) and (began := _version(led.flight.events)):
             version = await self._versions.version(graph)
-            if version not in (began, None):
+            if version not in (began, None, UNTOLD):
                 self._close(key, led.flight)
         led = self._led.get(key)
         return led.flight if led is not None and led.suits(ask) else None
@@ -203,7 +204,7 @@ class Repeats:
 
     def _keep(self, key: str, events: Sequence[GraphEvent]) -> None:
         version = _version(events)
-        if not version or not _is_whole(events, version) or len(self._writing) >= _MAX_WRITING:
+        if not events or not _is_whole(events, version) or len(self._writing) >= _MAX_WRITING:
             return
         task = asyncio.create_task(self._cache.put(key, Entry(version, tuple(events))))
         self._writing.add(task)
