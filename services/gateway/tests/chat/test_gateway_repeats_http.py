@@ -151,12 +151,12 @@ async def test_grounded_answers_are_never_kept(world, cache):
 
 
 async def test_concurrent_clients_share_a_run_and_one_that_leaves_harms_nobody(world, base_url, key):
-    world.generator.token_s = 0.1
+    world.generator.token_s = 0.6  # followers have time to come while it speaks, on a busy machine too
     client = openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0)
     leader = await client.chat.completions.create(**BODY, stream=True)
     await anext(leader)
     followers = [asyncio.create_task(client.chat.completions.create(**BODY)) for _ in range(5)]
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(1.0)
     await leader.close()
     answers = await asyncio.gather(*followers)
     assert {answer.choices[0].message.content for answer in answers} == {"w0 w1 w2 w3"}
