@@ -151,6 +151,31 @@ async def test_tool_calls_of_the_upstream_come_out_as_ours(client, server, strea
     assert choices[-1]["finish_reason"] == "tool_calls"
 
 
+async def test_tool_calls_of_the_upstream_come_out_over_the_other_apis(client, server):
+    call = {"index": 0, "id": "call_a", "function": {"name": "get_weather", "arguments": '{"city": '}}
+    more = {"index": 0, "function": {"arguments": '"Paris"}'}}
+    server.says(
+        chunk(content="Let me see. "),
+        *(chunk(delta={"tool_calls": [piece]}) for piece in (call, more)),
+        chunk(finish="tool_calls"),
+        usage(20, 9),
+    )
+    schema = {"type": "object"}
+    asked = {"model": "vendor-large", "max_tokens": 50, "messages": ASK["messages"]}
+    message = await client.post(
+        "/v1/messages", json=asked | {"tools": [{"name": "get_weather", "input_schema": schema}]}
+    )
+    text, used = message.json()["content"]
+    assert text["text"].strip() == "Let me see." and message.json()["stop_reason"] == "tool_use"
+    assert (used["type"], used["name"], used["input"]) == ("tool_use", "get_weather", {"city": "Paris"})
+
+    tool = {"type": "function", "name": "get_weather", "parameters": schema}
+    response = await client.post("/v1/responses", json={"model": "vendor-large", "input": "hello", "tools": [tool]})
+    said, called = response.json()["output"]
+    assert (said["type"], called["type"], called["name"]) == ("message", "function_call", "get_weather")
+    assert called["arguments"] == '{"city": "Paris"}'
+
+
 async def test_an_estimated_usage_says_so(client, server, world):
     server.says(chunk(content="a", finish="stop"))
     response = await client.post("/v1/chat/completions", json=ASK)

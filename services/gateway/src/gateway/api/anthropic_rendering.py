@@ -10,7 +10,7 @@ from gateway.api import anthropic_errors
 from gateway.api.grounding import grounding_fields
 from gateway.api.inference import NAMED_EVENTS, JsonObject
 from gateway.core.graph import Answering, GraphEvent, Grounding
-from gateway.core.services import Delta, Done, Finished, Started, Usage
+from gateway.core.services import Delta, Done, Finished, Started, ToolCallDelta, Usage
 from gateway.core.tool_calls import Arguments, CallBegun, Piece, ToolCallReader
 
 
@@ -48,6 +48,10 @@ class MessageRendering:
             case Delta():
                 pieces = [event.text] if self._reader is None else self._reader.feed(event.text)
                 for piece in pieces:
+                    yield from self._grow(piece)
+            case ToolCallDelta():
+                assert self._reader is not None  # no backend tells calls where no tools were given
+                for piece in self._reader.tell(event):
                     yield from self._grow(piece)
             case Started():
                 self._usage = Usage(prompt_tokens=event.prompt_tokens)

@@ -18,6 +18,7 @@ MAX_DEPTH = 64
 _THREAD_FROM_BYTES = 128 * 1024  # larger bodies take over 5 ms to check and would hold up the event loop
 
 _MAX_WHOLE = 2**53  # beyond it a float is not the number that was written
+_CONTAINERS = (dict, list)
 _KEY_ENDS = re.compile(rb'"[ \t\r\n]*:')
 
 M = TypeVar("M", bound=BaseModel)
@@ -99,9 +100,9 @@ def _count_keys(value: object) -> int:
         for node in level:
             if isinstance(node, dict):
                 num_keys += len(node)
-                below.extend(child for child in node.values() if isinstance(child, dict | list))
+                below.extend(child for child in node.values() if isinstance(child, _CONTAINERS))
             elif isinstance(node, list):
-                below.extend(child for child in node if isinstance(child, dict | list))
+                below.extend(child for child in node if isinstance(child, _CONTAINERS))
         if not below:
             return num_keys
         level = below

@@ -10,7 +10,7 @@ from gateway.api.grounding import grounding_fields
 from gateway.api.inference import NAMED_EVENTS, JsonObject
 from gateway.api.openai_logprobs import token_logprobs
 from gateway.core.graph import Answering, GraphEvent, Grounding
-from gateway.core.services import Delta, Done, Finished, Started, TokenLogprob, Usage
+from gateway.core.services import Delta, Done, Finished, Started, TokenLogprob, ToolCallDelta, Usage
 from gateway.core.tool_calls import Arguments, CallBegun, Piece, ToolCallReader
 
 _STATUSES = {"stop": "completed", "length": "incomplete"}
@@ -90,6 +90,10 @@ class ResponseRendering:
                 for piece in pieces:
                     yield from self._grow(piece, told)
                     told = ()
+            case ToolCallDelta():
+                assert self._reader is not None  # no backend tells calls where no tools were given
+                for piece in self._reader.tell(event):
+                    yield from self._grow(piece, ())
             case Started():
                 yield self._event("response.created", response=self.whole())
                 yield self._event("response.in_progress", response=self.whole())

@@ -140,6 +140,7 @@ class ToolCallRendering:
     def take_call(self, piece: ToolCallDelta) -> dict[str, object]:
         """The delta for a piece of a call that needs not be read out of the text."""
         if piece.number == len(self._calls):
+            self._reader.num_calls += 1
             return self._begin(piece.number, piece.call_id, piece.name, piece.arguments)
         return self._grow(piece.number, piece.arguments)
 

@@ -168,6 +168,8 @@ class AnswerReader:
         theirs = call.get("index", place)
         arguments = _text(function.get("arguments") or "")
         if theirs in known:
+            if known[theirs] != len(known) - 1:
+                raise ValueError("a call goes on after another one has begun")
             return ToolCallDelta(index, known[theirs], arguments, num_tokens)
         number = known[theirs] = len(known)
         call_id = _text(call.get("id") or f"call_{uuid.uuid4().hex[:24]}")

@@ -72,12 +72,11 @@ class OpenAiUpstream:
 
     async def generate(self, call: Generation, *, timeout_s: float) -> AsyncGenerator[GenerationEvent]:
         """Streams the completion; closing or cancelling closes the connection, which stops the server's work."""
-        path, body = request_of(call, self._endpoint.dialect)
         reader = AnswerReader(call, has_running_usage=self._endpoint.dialect.has_extensions)
         patience = _Patience(self._endpoint, timeout_s)
         span = telemetry.tracer().start_span(f"upstream.{self._endpoint.name}", kind=trace.SpanKind.CLIENT)
         try:
-            response = await self._post(path, body, span, patience)
+            response = await self._post(call, span, patience)
             try:
                 if is_echo(call):
                     for event in reader.take_echo(await _read(response, _MAX_ANSWER_BYTES)):
@@ -103,8 +102,9 @@ class OpenAiUpstream:
         finally:
             span.end()
 
-    async def _post(self, path: str, body: bytes, span: trace.Span, patience: "_Patience") -> aiohttp.ClientResponse:
-        """Sends the request; raises what a status other than 200 means."""
+    async def _post(self, call: Generation, span: trace.Span, patience: "_Patience") -> aiohttp.ClientResponse:
+        """Sends the request; raises what a status other than 200 means, and what request_of does."""
+        path, body = request_of(call, self._endpoint.dialect)
         async with asyncio.timeout_at(patience.first_at_s):
             response = await self._session.post(
                 f"{self._endpoint.base_url}/{path}",

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
+from gateway.core.services import ToolCallDelta
+
 BEGIN, END = "<tool_call>", "</tool_call>"
 _MAX_HEAD_CHARS = 512  # more without a name is no call
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
@@ -78,6 +80,14 @@ class ToolCallReader:
                     self._read_tail()
             if not self._held or before == (self._state, len(self._held)):
                 return
+
+    def tell(self, call: ToolCallDelta) -> Iterator[Piece]:
+        """Takes a piece of a call that an upstream told apart from the text."""
+        if call.name:
+            self.num_calls += 1
+            yield CallBegun(call.number, call.name)
+        if call.arguments:
+            yield Arguments(call.number, call.arguments)
 
     def finish(self) -> Iterator[Piece]:
         """Takes the end of the answer: what was begun and is no call is text."""
