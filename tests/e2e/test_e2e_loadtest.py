@@ -67,7 +67,7 @@ def test_users_and_arrivals_are_measured_as_the_ledger_counts_them(system, tmp_p
     assert {row["offered"] for row in rows} == {"1", "2"}
     for row in rows:
         assert (row["status"], row["error"], row["completion_tokens"]) == ("200", "", "8"), row
-        assert float(row["sent_s"]) < float(row["first_token_s"]) < float(row["last_token_s"]) <= float(row["done_s"])
+        assert float(row["sent_s"]) < float(row["first_token_s"]) <= float(row["last_token_s"]) <= float(row["done_s"])
     for model in (CHAT, RAG):
         sent = [row for row in rows if row["model"] == model]
         expected = [len(sent), _tokens(sent, "prompt_tokens"), _tokens(sent, "completion_tokens")]

@@ -5,11 +5,13 @@ import time
 import uuid
 
 import pytest
+import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.backends.entry_codec import decoded, encoded
 from gateway.backends.valkey_cache import ValkeyCache
+from gateway.backends.valkey_client import ValkeyClient
 from gateway.core.repeats import Entry
 from gateway.core.services import Delta, Done, Finished, Started, TokenLogprob, TopLogprob, Usage
 from testkit.servers import ValkeyServer, valkey_server
@@ -76,7 +78,13 @@ class TestInValkey:
     async def cache(self, valkey: ValkeyServer):
         connected = ValkeyCache.connect(valkey.url, ttl_s=60.0, timeout_s=2.0)
         yield connected
-        await connected.close()
+        connected.close()
+
+    @pytest.fixture
+    def look(self, valkey: ValkeyServer):
+        """For the tests' eyes."""
+        with redis.Redis.from_url(valkey.url) as client:
+            yield client
 
     async def test_entry_is_found_by_its_key_alone(self, cache):
         kept = key()
@@ -94,7 +102,7 @@ class TestInValkey:
             return await cache.get(kept) is None
 
         await eventually(is_gone)
-        await cache.close()
+        cache.close()
 
     async def test_large_entries_are_not_kept(self, cache):
         for entry in (incompressible(200_000), Entry("v", (Delta(0, "", 1),) * 5000)):
@@ -107,28 +115,27 @@ class TestInValkey:
         await cache.put(kept, entry)
         assert await cache.get(kept) == entry
 
-    async def test_together_they_stay_within_their_bytes_and_the_oldest_goes_first(self, valkey):
-        cache = ValkeyCache.connect(valkey.url, ttl_s=60.0, timeout_s=2.0)
-        small = ValkeyCache(cache._client, ttl_s=60.0, timeout_s=2.0, max_total_bytes=200_000)
+    async def test_together_they_stay_within_their_bytes_and_the_oldest_goes_first(self, valkey, look):
+        small = ValkeyCache(ValkeyClient(valkey.url), ttl_s=60.0, timeout_s=2.0, max_total_bytes=200_000)
         keys = [key() for _ in range(12)]
         for one in keys:
             await small.put(one, incompressible(40_000))
         found = [await small.get(one) is not None for one in keys]
         assert found[-1] and not found[0] and found == sorted(found)
-        sizes = [await cache._client.strlen(f"pressroom:cache:{one}") for one in keys]
+        sizes = [look.strlen(f"pressroom:cache:{one}") for one in keys]
         assert 100_000 < sum(sizes) <= 200_000
-        await cache.close()
+        small.close()
 
-    async def test_writing_one_entry_again_and_again_takes_no_more_room(self, cache):
+    async def test_writing_one_entry_again_and_again_takes_no_more_room(self, cache, look):
         kept = key()
         for _ in range(20):
             await cache.put(kept, ANSWER)
-        one = await cache._client.strlen(f"pressroom:cache:{kept}")
-        assert int(await cache._client.hget("pressroom:cache:sizes", f"pressroom:cache:{kept}")) == one
+        one = look.strlen(f"pressroom:cache:{kept}")
+        assert int(look.hget("pressroom:cache:sizes", f"pressroom:cache:{kept}")) == one
 
-    async def test_what_somebody_else_wrote_there_is_a_miss(self, cache):
+    async def test_what_somebody_else_wrote_there_is_a_miss(self, cache, look):
         kept = key()
-        await cache._client.set(f"pressroom:cache:{kept}", b"cos\nsystem\n(S'true'\ntR.")
+        look.set(f"pressroom:cache:{kept}", b"cos\nsystem\n(S'true'\ntR.")
         assert await cache.get(kept) is None
 
 
@@ -154,11 +161,11 @@ async def test_frozen_valkey_costs_one_time_out_and_then_nothing():
         assert time.monotonic() - started < 1.0
         server.resume()
         await eventually(is_kept)
-        await cache.close()
+        cache.close()
 
 
 async def test_valkey_that_is_not_there_is_a_miss():
     cache = ValkeyCache.connect("redis://127.0.0.1:1/0", ttl_s=60.0)
     assert await cache.get(key()) is None
     await cache.put(key(), ANSWER)
-    await cache.close()
+    cache.close()

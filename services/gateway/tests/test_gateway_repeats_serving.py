@@ -45,7 +45,7 @@ def ask_of(*requests, principal=None, wish=Wish.UNSAID, timeout_s=30.0):
 
 
 class FakeGraph:
-    """Answers with words; `gate` holds it before each word, `error` ends it."""
+    """Answers with words; `may_begin` holds it before everything, `gate` before each word; `error` ends it."""
 
     name = "m"
     identity = "m declared so"
@@ -58,6 +58,8 @@ class FakeGraph:
         self.words = ["a", "b", "c"]
         self.reason = "stop"
         self.gate: asyncio.Semaphore | None = None
+        self.may_begin = asyncio.Event()
+        self.may_begin.set()
         self.error: Exception | None = None
         self.grounding = None
 
@@ -65,6 +67,7 @@ class FakeGraph:
         self.num_runs += 1
         is_whole = False
         try:
+            await self.may_begin.wait()
             if self.grounding:
                 yield self.grounding
             yield Started(5, self.version)
@@ -440,6 +443,17 @@ class TestSingleFlight:
         for _ in range(3):
             world.graph.gate.release()
         assert text_of(await leader) == "abc"
+
+    async def test_follower_of_a_run_that_has_said_nothing_leaves_at_its_own_deadline(self, world):
+        world.graph.may_begin.clear()
+        leader = world.start(ask_of())
+        await eventually(lambda: world.graph.num_runs)
+        async with asyncio.timeout(10.0):
+            with pytest.raises(PlatformError) as caught:
+                await world.answer(ask_of(timeout_s=0.05))
+        assert caught.value.code is Code.DEADLINE_EXCEEDED
+        world.graph.may_begin.set()
+        assert text_of(await leader) == "abc" and world.graph.num_runs == 1
 
     async def test_run_of_an_old_version_is_not_joined(self, world):
         world.graph.gate = asyncio.Semaphore(1)

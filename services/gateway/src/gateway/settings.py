@@ -30,7 +30,7 @@ class GatewaySettings(ServiceSettings):
     monitor_addr: str = Field(pattern=_ADDRESS, description="host:port of the monitor's gRPC server.")
     trainer_addr: str = Field(pattern=_ADDRESS, description="host:port of the trainer's gRPC server.")
     evaluator_addr: str = Field(pattern=_ADDRESS, description="host:port of the evaluator's gRPC server.")
-    valkey_url: SecretStr = Field(description="redis:// URL of the rate-limit counters, with the password in it.")
+    valkey_url: SecretStr = Field(description="redis:// URL of Valkey (limits, exact cache), with the password in it.")
     local_limit_share: float = Field(
         1.0,
         gt=0,

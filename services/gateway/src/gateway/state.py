@@ -237,7 +237,7 @@ async def open_state(
     async def close() -> None:
         await recorder.close()
         await repeats.close()
-        await cache.close()
+        cache.close()
         await limiter.close()
         await database.close()
 

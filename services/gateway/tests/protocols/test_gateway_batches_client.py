@@ -1,7 +1,9 @@
 """Batches as the official client sees them: shapes, statuses, results, cancelling, resuming."""
 
 import asyncio
+import contextlib
 import json
+import sqlite3
 
 import httpx
 import openai
@@ -11,7 +13,7 @@ from chassis.errors import Code, PlatformError
 from testkit.fake_bus import FakeBus
 from testkit.waiting import eventually
 
-from .conftest import BASE, ENCODER, KEY, MAX_IN_FLIGHT, FakeGenerator, chat_line, ended, order, results, running
+from .conftest import BASE, CHAT, ENCODER, KEY, MAX_IN_FLIGHT, FakeGenerator, chat_line, ended, order, results, running
 
 
 async def test_every_line_is_answered_as_over_http(gateway):
@@ -340,3 +342,38 @@ async def test_too_many_unfinished_batches_are_refused(gateway):
         await client.batches.cancel(batch_id)
     for batch_id in ids:
         assert (await ended(client, batch_id)).status == "cancelled"
+
+
+async def test_a_batch_whose_time_is_up_keeps_what_is_done(tmp_path):
+    generator, bus = FakeGenerator(held={"stuck"}), FakeBus()
+    async with running(tmp_path, generator, bus) as gateway:
+        client = gateway.client()
+        batch_id = await order(client, [chat_line("a", "x"), *(chat_line(i, "stuck") for i in "bcdef")])
+
+        async def stands() -> bool:
+            counts = (await client.batches.retrieve(batch_id)).request_counts
+            return counts.completed == 1 and generator.num_running == MAX_IN_FLIGHT
+
+        await eventually(stands)
+    with contextlib.closing(sqlite3.connect(tmp_path / "gateway.db")) as connection, connection:
+        connection.execute("UPDATE batches SET expires_unix_ms = 1")
+    generator.calls.clear()
+    async with running(tmp_path, generator, bus) as gateway:
+        client = gateway.client()
+        batch = await ended(client, batch_id)
+        assert [one["custom_id"] for one in await results(client, batch.output_file_id)] == ["a"]
+        late = await results(client, batch.error_file_id)
+    assert (batch.status, batch.expired_at is not None, batch.failed_at) == ("expired", True, None)
+    assert [(one["custom_id"], one["error"]["code"]) for one in late] == [(i, "batch_expired") for i in "bcdef"]
+    assert generator.asked() == []
+
+
+async def test_a_batch_keeps_to_the_request_limit_of_its_key(gateway):
+    await gateway.new_key("other", rpm=5)  # one for the upload, one for the order, three for lines
+    client = gateway.client("other")
+    await order(client, [chat_line(str(i), f"t{i}") for i in range(6)])
+    await eventually(lambda: len(gateway.generator.calls) == 3)
+    await asyncio.sleep(0.5)  # long enough for a fourth, were the limit not kept
+    assert len(gateway.generator.calls) == 3
+    owner = await gateway.state.keys.owner("other", gateway.keys["other"].split("-")[1])
+    assert (await gateway.state.in_process.post(owner, CHAT, b"{}")).status == 429

@@ -23,6 +23,13 @@ _MAX_ABS_PRIORITY = 100
 Pattern = Annotated[str, Field(pattern=r"^[A-Za-z0-9._:/*-]{1,256}$")]
 Tenant = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
+# Of the numbers the document tells the whole ones: which others have six places it cannot say.
+_AMOUNT = {
+    "anyOf": [
+        {"type": "string", "pattern": r"^(0|[1-9][0-9]{0,8})(\.[0-9]{1,6})?$"},
+        {"type": "integer", "minimum": 0, "maximum": int(_MAX_MONEY)},
+    ]
+}
 _Scope = Annotated[str, WithJsonSchema({"type": "string", "enum": list(SCOPES)})]
 
 
@@ -50,7 +57,7 @@ class BudgetBody(Body):
 
     model_config = ConfigDict(extra="forbid")
 
-    amount: Annotated[str, Field(max_length=32)] | int | float
+    amount: Annotated[Annotated[str, Field(max_length=32)] | int | float, WithJsonSchema(_AMOUNT)]
     period: Literal["day", "month", "total"] | None = None
 
     @field_validator("amount")
@@ -95,23 +102,17 @@ class PolicyBody(Body):
         return replace(before, **said)
 
 
+LIMIT = record(
+    {"counted": TEXT, "amount": COUNT, "window_s": NUMBER, "algorithm": TEXT, "model": nullable(TEXT)},
+)
 POLICY = record(
     {
         "scopes": nullable(array(TEXT)),
         "models": nullable(array(TEXT)),
-        "limits": array(
-            record(
-                {
-                    "counted": TEXT,
-                    "amount": COUNT,
-                    "window_s": NUMBER,
-                    "algorithm": TEXT,
-                    "model": nullable(TEXT),
-                }
-            )
-        ),
+        "limits": array(LIMIT),
         "budget": nullable(record({"amount": NUMBER, "period": TEXT})),
         "priority": {"type": "integer"},
+        "weight": NUMBER,
         "caches": FLAG,
     }
 )

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import ConfigDict, Field
 
-from gateway.api.admin_policies import LimitBody, policy_shape
+from gateway.api.admin_policies import LIMIT, LimitBody, policy_shape
 from gateway.api.identity import require_admin
 from gateway.api.json_body import Body, read_json
 from gateway.api.openapi import documented
-from gateway.api.openapi_schemas import ANY_OBJECT, array, one_of, record
+from gateway.api.openapi_schemas import array, one_of, record
 from gateway.core.platform_limits import PlatformLimits
 from gateway.core.policy import Limit, Policy
 
@@ -23,7 +23,7 @@ class LimitsBody(Body):
     limits: Annotated[list[LimitBody], Field(max_length=64)]
 
 
-_LIMITS = record({"object": one_of("list"), "limits": array(ANY_OBJECT)})
+_LIMITS = record({"object": one_of("list"), "limits": array(LIMIT)})
 
 
 def limits_router(platform: PlatformLimits) -> APIRouter:

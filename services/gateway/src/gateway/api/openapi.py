@@ -12,7 +12,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
+from pydantic_core import core_schema
 
 from contracts.names import HEADER_REQUEST_ID, HEADER_TRACE_ID
 from gateway.api import anthropic_errors, open_inference_errors
@@ -40,6 +41,17 @@ class Documentation:
     stream: str | None
     needs_body: bool
     file_types: Sequence[str]
+
+
+class _BodySchemas(GenerateJsonSchema):
+    """Says too what the names of an object's fields may be, which pydantic itself leaves out."""
+
+    def dict_schema(self, schema: core_schema.DictSchema) -> JsonSchemaValue:
+        """The schema of a dict."""
+        told = super().dict_schema(schema)
+        names = self.generate_inner(schema["keys_schema"]) if "keys_schema" in schema else {}
+        rules = {rule: names[rule] for rule in ("pattern", "minLength", "maxLength") if rule in names}
+        return told | {"propertyNames": rules} if rules else told
 
 
 def documented(
@@ -94,7 +106,9 @@ def _document(routes: list[APIRoute]) -> dict[str, Any]:
     said = [(route, documentation_of(route)) for route in routes]
     bodies = list({one.body for _, one in said if one is not None and one.body is not None})
     bodies.sort(key=lambda model: f"{model.__module__}.{model.__qualname__}")
-    refs, definitions = models_json_schema([(model, "validation") for model in bodies], ref_template=_REF)
+    refs, definitions = models_json_schema(
+        [(model, "validation") for model in bodies], ref_template=_REF, schema_generator=_BodySchemas
+    )
     body_schemas: dict[Any, Schema] = {model: schema for (model, _), schema in refs.items()}
     document["components"] = {
         "schemas": definitions.get("$defs", {}) | _ERROR_SCHEMAS,
@@ -126,7 +140,7 @@ def _complete(
             content["multipart/form-data"]["encoding"] = {"file": {"contentType": ", ".join(said.file_types)}}
     if content:
         operation["requestBody"] = {"required": said.needs_body, "content": content}
-    answers = {said.media_type: {"schema": said.answer} if said.answer is not None else {}}
+    answers: dict[str, Any] = {said.media_type: {"schema": said.answer} if said.answer is not None else {}}
     if said.stream is not None:
         answers[said.stream] = {"schema": TEXT}
     headers = dict(_ALWAYS)

@@ -6,21 +6,16 @@ While Valkey is away or slow nothing is found within the time-out, and nothing i
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-
-import redis.asyncio as redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from collections.abc import Callable, Sequence
 
 from gateway.backends.entry_codec import decoded, encoded
+from gateway.backends.valkey_client import Argument, Script, ValkeyClient, ValkeyError
 from gateway.core.breaker import Breaker
 from gateway.core.repeats import Entry
 
 _log = logging.getLogger(__name__)
 
 TIMEOUT_S = 0.075
-_MAX_CONNECTIONS = 16
 _MAX_EVENTS = 4096
 _MAX_ENTRY_BYTES = 64 * 1024  # packed
 _MAX_UNPACKED_BYTES = 4 * 1024 * 1024
@@ -32,8 +27,9 @@ _MAX_ENTRIES = 8192
 _PREFIX = "pressroom:cache:"
 _INDEX, _SIZES = f"{_PREFIX}index", f"{_PREFIX}sizes"
 
+_GET = Script("return redis.call('GET', KEYS[1])")
 # Entries expire in the order of their writing, which is the index's: what is expired or too much is at its front.
-_PUT = """
+_PUT = Script("""
 local entry, index, sizes = KEYS[1], KEYS[2], KEYS[3]
 local value, ttl_ms, max_bytes, max_entries = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
 local clock = redis.call('TIME')
@@ -62,7 +58,7 @@ redis.call('HSET', sizes, entry, #value, 'total', total + #value)
 redis.call('PEXPIRE', index, ttl_ms + 60000)
 redis.call('PEXPIRE', sizes, ttl_ms + 60000)
 return total + #value
-"""
+""")
 
 
 class ValkeyCache:
@@ -70,7 +66,7 @@ class ValkeyCache:
 
     def __init__(
         self,
-        client: redis.Redis,
+        client: ValkeyClient,
         *,
         ttl_s: float,
         timeout_s: float = TIMEOUT_S,
@@ -78,7 +74,6 @@ class ValkeyCache:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
-        self._put = client.register_script(_PUT)
         self._ttl_ms = int(ttl_s * 1000)
         self._timeout_s = timeout_s
         self._max_total_bytes = max_total_bytes
@@ -86,21 +81,12 @@ class ValkeyCache:
 
     @classmethod
     def connect(cls, url: str, *, ttl_s: float, timeout_s: float = TIMEOUT_S) -> "ValkeyCache":
-        """Makes a client for redis://:password@host:port/db. Connects on first use."""
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            max_connections=_MAX_CONNECTIONS,
-            timeout=timeout_s,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            client_name="pressroom-gateway-cache",
-        )
-        return cls(redis.Redis.from_pool(pool), ttl_s=ttl_s, timeout_s=timeout_s)
+        """Connects on first use; the url is ValkeyClient's."""
+        return cls(ValkeyClient(url), ttl_s=ttl_s, timeout_s=timeout_s)
 
     async def get(self, key: str) -> Entry | None:
         """What was kept under the key; None as well where Valkey is away or has something else there."""
-        packed = await self._within_timeout(lambda: self._client.get(_PREFIX + key))
+        packed = await self._run(_GET, [_PREFIX + key], [])
         if not isinstance(packed, bytes):
             return None
         try:
@@ -118,21 +104,23 @@ class ValkeyCache:
         packed = await asyncio.to_thread(encoded, entry)
         if len(packed) > _MAX_ENTRY_BYTES:
             return
-        arguments: list[bytes | int] = [packed, self._ttl_ms, self._max_total_bytes, _MAX_ENTRIES]
-        await self._within_timeout(lambda: self._put(keys=[_PREFIX + key, _INDEX, _SIZES], args=arguments))
+        args: list[Argument] = [packed, self._ttl_ms, self._max_total_bytes, _MAX_ENTRIES]
+        await self._run(_PUT, [_PREFIX + key, _INDEX, _SIZES], args)
 
-    async def close(self) -> None:
-        """Closes the connections."""
-        await self._client.aclose()
+    def close(self) -> None:
+        """Closes the connection."""
+        self._client.drop()
 
-    async def _within_timeout(self, command: Callable[[], Awaitable[object]]) -> object:
-        """What a command answers; None where Valkey does not answer in time or was away just now."""
+    async def _run(self, script: Script, keys: Sequence[str], args: Sequence[Argument]) -> object:
+        """What a script answers; None where Valkey does not answer in time or was away just now."""
         if not self._breaker.permits():
             return None
         try:
             async with asyncio.timeout(self._timeout_s):
-                answer = await command()
-        except (RedisError, OSError, TimeoutError) as error:
+                answer: object = await self._client.run(script, keys, args)
+        except (ValkeyError, OSError, TimeoutError) as error:
+            if not isinstance(error, ValkeyError):
+                self._client.drop()  # what does not answer in time may be gone without a word
             if self._breaker.failed():
                 _log.error("nothing is cached, valkey failed", extra={"error": repr(error)})
             return None

@@ -20,7 +20,7 @@ _MAX_WAITING = 4096
 _MAX_REPLY_BYTES = 16 * 1024**2
 _NAME = "pressroom-gateway"
 
-Argument = str | int
+Argument = str | int | bytes
 
 
 class ValkeyError(Exception):
@@ -221,5 +221,5 @@ def _command(name: str, script: str, call: ScriptCall) -> bytes:
 
 
 def _encoded(parts: Iterable[Argument]) -> bytes:
-    encoded = [str(part).encode() for part in parts]
+    encoded = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
     return b"*%d\r\n" % len(encoded) + b"".join([b"$%d\r\n%b\r\n" % (len(part), part) for part in encoded])

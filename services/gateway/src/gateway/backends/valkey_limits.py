@@ -76,7 +76,7 @@ class ValkeyLimiter:
         timeout_s: float = _TIMEOUT_S,
         lease_s: float = _LEASE_S,
     ) -> "ValkeyLimiter":
-        """Makes a client for redis://:password@host:port/db. Connects on first use."""
+        """Connects on first use; the url is ValkeyClient's."""
         return cls(ValkeyClient(url), local=local, timeout_s=timeout_s, lease_s=lease_s)
 
     async def hit(self, principal: Principal) -> LimitState:

@@ -148,7 +148,7 @@ class Repeats:
             except Private:
                 pass
             except PlatformError as error:
-                if num_told or not _is_of_leader(flight, error):
+                if num_told or ask.deadline.is_over or not _is_of_leader(flight, error):
                     raise
             ask.account.repeat = Repeat.NO
             del ask.account.answer_headers[HEADER]
