@@ -116,8 +116,7 @@ class ValkeyCache:
         if not self._breaker.permits():
             return None
         try:
-            async with asyncio.timeout(self._timeout_s):
-                answer: object = await self._client.run(script, keys, args)
+            answer: object = await self._client.run(script, keys, args, timeout_s=self._timeout_s)
         except (ValkeyError, OSError, TimeoutError) as error:
             if not isinstance(error, ValkeyError):
                 self._client.drop()  # what does not answer in time may be gone without a word
