@@ -19,7 +19,7 @@ from gateway.core.account import HEADER_MODEL, Repeat, Wish
 from gateway.core.flights import Flight, Private
 from gateway.core.graph import Answering, Deadline, Graph, GraphEvent, GraphRequest, Grounding
 from gateway.core.ports import Principal
-from gateway.core.services import Abandoned, Done, Finished, Started
+from gateway.core.services import Abandoned, Done, Finished, Started, ToolCallDelta
 
 if TYPE_CHECKING:
     from gateway.core.serving import Ask
@@ -257,9 +257,14 @@ def _version(events: Sequence[GraphEvent]) -> str:
 
 def _is_whole(events: Sequence[GraphEvent], version: str) -> bool:
     """It ended well, said nothing about documents, and one version of the model that was asked said all of it."""
-    return isinstance(events[-1], Done) and not any(
-        isinstance(event, Grounding | Answering | Abandoned)
-        or (isinstance(event, Finished) and event.reason not in ("stop", "length"))
-        or (isinstance(event, Started) and event.model_version != version)
-        for event in events
+    last = events[-1]
+    return (
+        isinstance(last, Done)
+        and not last.usage.is_estimate
+        and not any(
+            isinstance(event, Grounding | Answering | Abandoned | ToolCallDelta)
+            or (isinstance(event, Finished) and event.reason not in ("stop", "length"))
+            or (isinstance(event, Started) and event.model_version != version)
+            for event in events
+        )
     )
