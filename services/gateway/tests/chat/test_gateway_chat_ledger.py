@@ -66,9 +66,12 @@ class Finals:
     def __init__(self):
         self.answer = Final(Usage(2, 7, 0), 1, is_complete=True)
         self.asked: list[str] = []
+        self.error: Exception | None = None
 
     async def final(self, usage_id: str, *, timeout_s: float) -> Final:
         self.asked.append(usage_id)
+        if self.error is not None:
+            raise self.error
         return self.answer
 
 
@@ -166,6 +169,16 @@ async def test_a_stream_that_broke_off_is_settled_with_the_generators_number(sho
     (row,) = await eventually(lambda: _rows(shop))
     assert (row["prompt_tokens"], row["completion_tokens"], row["is_exact"]) == (2, 7, 1)
     assert shop.finals.asked == [shop.world.generator.calls[0].usage_id]
+
+
+async def test_what_was_received_is_written_where_the_asking_fails_unexpectedly(shop: Shop) -> None:
+    shop.world.generator.error = PlatformError(Code.UNAVAILABLE, "gone")
+    shop.world.generator.fail_after = 2
+    shop.finals.error = ValueError("nobody thought of this")
+    await shop.chat(RICH, stream=True)
+    (row,) = await eventually(lambda: _rows(shop))
+    assert (row["completion_tokens"], row["is_exact"]) == (2, 0)
+    assert await shop.open_records() == []
 
 
 async def test_a_stream_that_ended_well_is_not_asked_for(shop: Shop) -> None:

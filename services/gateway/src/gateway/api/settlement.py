@@ -111,7 +111,10 @@ class Recorder:
 
     async def _ask_and_write(self, record: RequestRecord, account: Account, finals: FinalUsages) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # only close() cancels: the start record stays
-            record = await settled(record, account, finals, self._patience_s)
+            try:
+                record = await settled(record, account, finals, self._patience_s)
+            except Exception:  # what was received is written all the same, and says that it is not exact
+                log.exception("usage could not be asked for", extra={"usage_id": record.usage_id})
             _tell(account, record)
             await self._write(record)
 

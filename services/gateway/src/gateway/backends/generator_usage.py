@@ -47,6 +47,8 @@ class GeneratorUsage:
                 answers[one.instance] = one  # a replica with two addresses is one replica
             elif isinstance(one, PlatformError):
                 errors.append(one)
+            elif isinstance(one, asyncio.CancelledError):  # not we were: the channel was closed, its replica is gone
+                errors.append(PlatformError(Code.UNAVAILABLE, "the replica is gone", retry_after_s=1.0))
             else:
                 raise one
         if not answers:
