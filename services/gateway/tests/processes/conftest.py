@@ -10,7 +10,7 @@ import pytest
 
 from testkit.ports import free_port
 from testkit.processes import ServiceProcess
-from testkit.servers import nats_server, valkey_server
+from testkit.servers import NatsServer, ValkeyServer, nats_server, valkey_server
 
 KEY, ADMIN_KEY = "sk-boot-0123456789abcdef", "sk-admin-0123456789abcdef"
 MODEL = "smollm2-135m-instruct"
@@ -22,6 +22,9 @@ class Pair:
 
     gateway: ServiceProcess
     generator: ServiceProcess
+    nats: NatsServer
+    valkey: ValkeyServer
+    database: Path  # the gateway's
 
     @property
     def base_url(self) -> str:
@@ -93,4 +96,4 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
         )
         stack.callback(gateway.close)
         gateway.start()
-        yield Pair(gateway, generator)
+        yield Pair(gateway, generator, nats, valkey, tmp_path / "gateway" / "gateway.db")
