@@ -70,6 +70,10 @@ def tool(name: str) -> Bad:
     return chat("invalid_value", "tools[0].function.name", tools=[{"type": "function", "function": {"name": name}}])
 
 
+def budget(amount: object) -> Bad:
+    return post(KEYS, "invalid_value", "policy.budget.amount", key="admin", policy={"budget": {"amount": amount}})
+
+
 def form(code: str, param: str | None, *parts: bytes) -> Bad:
     body = b"".join(b"--b\r\ncontent-disposition: form-data; " + part + b"\r\n" for part in parts) + b"--b--\r\n"
     return Bad(400, code, param, path=FILES, body=body, headers=FORM)
@@ -119,8 +123,8 @@ AUTHENTICATION = {
     "class above the key's": Bad(
         403, "priority_not_allowed", "x-pressroom-priority", headers={"x-pressroom-priority": "99"}
     ),
-    "two Idempotency-Keys' worth": raw(
-        "invalid_idempotency_key", b"{}", 400, "Idempotency-Key", idempotency_key="k" * 1000
+    "Idempotency-Key of 1,000 characters": raw(
+        "invalid_idempotency_key", b"{}", 400, "idempotency-key", idempotency_key="k" * 1000
     ),
     "deadline below zero": raw("invalid_value", b"{}", 400, "x-request-timeout-s", x_request_timeout_s="-1"),
     "deadline that is no number": raw("invalid_value", b"{}", 400, "x-request-timeout-s", x_request_timeout_s="nan"),
@@ -236,12 +240,16 @@ PARAMETERS = {
     "prompts times n": post(COMPLETIONS, "invalid_value", "prompt", model=MODEL, prompt=["a"] * 100, n=2),
     "best_of other than n": post(COMPLETIONS, "unsupported_parameter", "best_of", model=MODEL, prompt="x", best_of=5),
     "embeddings of nothing": post("/v1/embeddings", "invalid_value", "input", model="all-minilm-l6-v2", input=[]),
-    "response that is stored": post("/v1/responses", "unsupported_parameter", "store", model=MODEL, input="x", store=True),
+    "response that is stored": post(
+        "/v1/responses", "unsupported_parameter", "store", model=MODEL, input="x", store=True
+    ),
     "1,001 documents to rank": post(
         "/v1/rerank", "invalid_value", "documents", model="all-minilm-l6-v2", query="x", documents=["a"] * 1001
     ),
     "unknown field of /generate": post("/generate", "invalid_value", "chat_template", prompt="x", chat_template="y"),
-    "filter that is code": post("/v1/search", "invalid_value", "filter", query="x", filter={'a" or 1 == 1': 1}),
+    "filter that is code": post(
+        "/v1/search", "invalid_value", 'filter.a" or 1 == 1', query="x", filter={'a" or 1 == 1': 1}
+    ),
     "document with a control character": post("/v1/documents", "invalid_value", "title", text="x", title="a\x1b[2J"),
     "batch of an endpoint that is none": post(
         BATCHES, "invalid_value", "endpoint", input_file_id="x", endpoint="/admin/keys", completion_window="24h"
@@ -254,23 +262,23 @@ PARAMETERS = {
     "form without a boundary": Bad(
         400, "invalid_value", path=FILES, body=b"x", headers={"content-type": "multipart/form-data"}
     ),
-    "budget that is no money": post(KEYS, "invalid_value", "policy.budget.amount", key="admin", policy={"budget": {"amount": "NaN"}}),
-    "budget below zero": post(KEYS, "invalid_value", "policy.budget.amount", key="admin", policy={"budget": {"amount": -1}}),
+    "budget that is no money": budget("NaN"),
+    "budget below zero": budget(-1),
     "scope that is none": post(KEYS, "invalid_value", "policy.scopes", key="admin", policy={"scopes": ["all"]}),
     "key with a field of its own making": post(KEYS, "invalid_value", "secret", key="admin", secret="x"),
-}  # fmt: skip
+}
 
 LONG = "x" * 10_000
 PATHS = {
     "traversal": get("/v1/files/..%2f..%2f..%2fetc%2fpasswd", code="unknown_url"),
     "traversal with dots encoded": get("/v1/files/%2e%2e%2f%2e%2e%2fadmin%2fkeys", code="unknown_url"),
-    "traversal with back slashes": get("/v1/files/..%5c..%5cetc", param="file_id"),
-    "traversal, encoded twice": get("/v1/files/%252e%252e%252f", param="file_id"),
-    "NUL": get("/v1/files/%00", param="file_id"),
-    "line break": get("/v1/files/a%0d%0aset-cookie:%20x", param="file_id"),
-    "bytes that are no text in a path": get("/v1/files/%ff%fe", param="file_id"),
-    "right-to-left mark": get("/v1/files/%e2%80%ae", param="file_id"),
-    "10,000 characters": get("/v1/files/" + LONG, param="file_id"),
+    "traversal with back slashes": get("/v1/files/..%5c..%5cetc", code="file_not_found", param="file_id"),
+    "traversal, encoded twice": get("/v1/files/%252e%252e%252f", code="file_not_found", param="file_id"),
+    "NUL": get("/v1/files/%00", code="file_not_found", param="file_id"),
+    "line break": get("/v1/files/a%0d%0aset-cookie:%20x", code="file_not_found", param="file_id"),
+    "bytes that are no text in a path": get("/v1/files/%ff%fe", code="file_not_found", param="file_id"),
+    "right-to-left mark": get("/v1/files/%e2%80%ae", code="file_not_found", param="file_id"),
+    "10,000 characters": get("/v1/files/" + LONG, code="file_not_found", param="file_id"),
     "unknown route": get("/v1/nothing", code="unknown_url"),
     "double slash": get("/v1//models", code="unknown_url"),
     "slash at the end": get("/v1/chat/completions/", code="unknown_url"),
@@ -301,7 +309,7 @@ PATHS = {
         '","level":"ERROR","message":"forged',
         "\n" + '{"level": "ERROR", "message": "forged"}',
     )
-}  # fmt: skip
+}
 PATHS["model of 10,000 characters"] = chat("invalid_value", "model", model=LONG)
 PATHS["model that is a list"] = chat("invalid_type", "model", model=[MODEL])
 
@@ -309,25 +317,31 @@ PATHS["model that is a list"] = chat("invalid_type", "model", model=[MODEL])
 OTHERS = {
     f"another's, {method} {path}": Bad(404, code, param, method=method, path=path, key="beta")
     for method, path, code, param in (
-        ("GET", "/v1/files/{file}", "not_found", "file_id"),
-        ("GET", "/v1/files/{file}/content", "not_found", "file_id"),
-        ("DELETE", "/v1/files/{file}", "not_found", "file_id"),
-        ("GET", "/v1/documents/{document}", "not_found", "document_id"),
+        ("GET", "/v1/files/{file}", "file_not_found", "file_id"),
+        ("GET", "/v1/files/{file}/content", "file_not_found", "file_id"),
+        ("DELETE", "/v1/files/{file}", "file_not_found", "file_id"),
         ("GET", "/v1/jobs/{job}", "not_found", "job_id"),
         ("POST", "/v1/jobs/{job}/cancel", "not_found", "job_id"),
-        ("GET", "/v1/batches/{batch}", "not_found", "batch_id"),
-        ("POST", "/v1/batches/{batch}/cancel", "not_found", "batch_id"),
+        ("GET", "/v1/batches/{batch}", "batch_not_found", "batch_id"),
+        ("POST", "/v1/batches/{batch}/cancel", "batch_not_found", "batch_id"),
         ("GET", "/v1/jobs/{batch}", "not_found", "job_id"),
-        ("GET", "/v1/fine_tuning/jobs/{batch}", "not_found", "job_id"),
+        ("GET", "/v1/fine_tuning/jobs/{batch}", "not_found", "fine_tuning_job_id"),
     )
 } | {
     "batch of another's file": post(
-        BATCHES, "not_found", "input_file_id", 404, "beta", input_file_id="{file}", endpoint=CHAT, completion_window="24h"
+        BATCHES,
+        "file_not_found",
+        "input_file_id",
+        404,
+        "beta",
+        input_file_id="{file}",
+        endpoint=CHAT,
+        completion_window="24h",
     ),
     "finetune on another's file": post(
-        "/v1/fine_tuning/jobs", "not_found", "training_file", 404, "beta", model=MODEL, training_file="{file}"
+        "/v1/fine_tuning/jobs", "file_not_found", "training_file", 404, "beta", model=MODEL, training_file="{file}"
     ),
-}  # fmt: skip
+}
 
 CASES: dict[str, Bad] = AUTHENTICATION | PARSING | PARAMETERS | PATHS | OTHERS
 
