@@ -190,6 +190,18 @@ async def test_uploaded_file_is_accepted(gateway):
     assert document["status"] == "queued"
 
 
+async def test_file_name_that_would_break_a_line_is_kept_without_what_breaks_it(gateway):
+    head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a\x1b[2J\xc2\x85b\x00.md"\r\n\r\n'
+    answer = await gateway.post(
+        "/v1/documents",
+        content=head + b"hello\r\n--b--\r\n",
+        headers={"content-type": "multipart/form-data; boundary=b"},
+    )
+    assert answer.status_code == 202, answer.text
+    document = (await gateway.get(f"/v1/documents/{answer.json()['document_id']}")).json()
+    assert document["filename"] == "a[2Jb.md"
+
+
 async def test_document_tells_its_chunks_once_indexed(gateway):
     answer = (await gateway.post("/v1/documents", json={"text": "hello"})).json()
     document_id = answer["document_id"]

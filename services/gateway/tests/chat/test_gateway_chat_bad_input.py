@@ -97,8 +97,8 @@ BODIES = [
     (COMPLETIONS, completion(prompt=[[]]), 400, "invalid_value", "prompt[0]"),
     (COMPLETIONS, completion(prompt=["x"] * 65, n=2), 400, "invalid_value", "prompt"),
     (COMPLETIONS, completion(logprobs=True), 400, "invalid_type", "logprobs"),
-    (COMPLETIONS, completion(suffix="end"), 501, "unimplemented", "suffix"),
-    (COMPLETIONS, completion(best_of=3), 501, "unimplemented", "best_of"),
+    (COMPLETIONS, completion(suffix="end"), 400, "unsupported_parameter", "suffix"),
+    (COMPLETIONS, completion(best_of=3), 400, "unsupported_parameter", "best_of"),
     (COMPLETIONS, completion(model="rag"), 400, "model_not_supported", "model"),
     # embeddings
     (EMBEDDINGS, embedding(input="x " * 20), 400, "context_length_exceeded", "input"),

@@ -249,7 +249,7 @@ FORMAT = "response_format.json_schema"
         ({"tools": [NOW], "tool_choice": UNKNOWN}, 400, "tool_choice"),
         ({"tool_choice": "required"}, 400, "tool_choice"),
         ({"tools": [NOW], "parallel_tool_calls": "no"}, 400, "parallel_tool_calls"),
-        ({"functions": [{"name": "f"}]}, 501, "functions"),
+        ({"functions": [{"name": "f"}]}, 400, "functions"),
         ({"messages": [TURN, {"role": "tool", "content": "x"}]}, 400, "messages[1]"),
         ({"messages": [TURN, {"role": "tool", "content": "x", "tool_call_id": "c"}]}, 400, "messages"),
         ({"messages": [TURN, ASKED]}, 400, "messages"),
@@ -261,7 +261,7 @@ FORMAT = "response_format.json_schema"
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, 400, "guided_regex"),
         ({"guided_choice": []}, 400, "guided_choice"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, 400, "structured_outputs.choice"),
-        ({"tools": [NOW], "guided_regex": "a"}, 501, "guided_regex"),
+        ({"tools": [NOW], "guided_regex": "a"}, 400, "guided_regex"),
     ],
 )
 async def test_what_cannot_be_is_refused_by_name(world: Any, fields: dict[str, Any], status: int, param: str) -> None:

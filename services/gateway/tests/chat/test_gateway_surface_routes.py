@@ -173,7 +173,9 @@ async def test_what_would_change_the_answer_and_is_not_there_is_refused(world, r
     path, plain = route
     async with world.client() as client:
         response = await client.post(path, json={"model": MODEL} | plain | changes)
-    assert response.status_code == 501 and response.json()["error"]["param"] == next(iter(changes))
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "unsupported_parameter")
+    assert error["param"] == next(iter(changes))
     assert world.generator.calls == []
 
 

@@ -78,7 +78,7 @@ async def test_unknown_file_is_not_found(world, file_id):
         (("a.jsonl", b"x"), {"purpose": "world-domination"}, 400, "purpose"),
         (("a.jsonl", b"x"), {"purpose": "fine-tune-results"}, 400, "purpose"),
         (("a.jsonl", b"x"), {"purpose": ["evals", "batch"]}, 400, "purpose"),
-        (("a.jsonl", b"x"), {"purpose": "batch", "expires_after[seconds]": "3600"}, 501, "expires_after"),
+        (("a.jsonl", b"x"), {"purpose": "batch", "expires_after[seconds]": "3600"}, 400, "expires_after"),
         (("a.jsonl", b"x" * 200_000), {"purpose": "batch"}, 413, "file"),
     ],
 )

@@ -9,7 +9,6 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chassis.errors import Code
 from gateway.api.anthropic_rendering import MessageRendering
 from gateway.api.anthropic_turns import MessageTurn, TextBlocks, chat_turns, check_turns
 from gateway.api.dialects import Dialect
@@ -87,7 +86,6 @@ class CountBody(Body):
             "mcp_servers": "let the client call them, and send their tools",
         }
     )
-    refused_code: ClassVar[Code] = Code.INVALID_ARGUMENT
 
     model: ModelName
     messages: list[MessageTurn] = Field(min_length=1, max_length=_MAX_MESSAGES)

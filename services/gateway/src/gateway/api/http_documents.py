@@ -12,7 +12,7 @@ from chassis.errors import Code, PlatformError
 from gateway.api.http_search import Collection, MetadataKey, MetadataValue
 from gateway.api.identity import principal_of
 from gateway.api.json_body import Body, parse_json, read_json, validate
-from gateway.api.multipart import fields_of, file_of, read_form
+from gateway.api.multipart import fields_of, file_of, printable, read_form
 from gateway.api.openapi import documented
 from gateway.api.openapi_schemas import (
     ANY_OBJECT,
@@ -161,7 +161,7 @@ async def _submit_form(request: Request, tenant: str, library: Library, max_uplo
     try:
         upload = file_of(form)
         described = _described(form)
-        filename = (upload.filename or "")[:255]
+        filename = printable(upload.filename or "")[:255]
         if described.content_type:
             media_type = _declared(described.content_type, filename)
         else:

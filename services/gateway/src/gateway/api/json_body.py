@@ -32,7 +32,6 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
     refused: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    refused_code: ClassVar[Code] = Code.UNIMPLEMENTED
 
 
 class _Refused(ValueError):
@@ -164,10 +163,15 @@ def invalid(param: str, message: str) -> PlatformError:
     return PlatformError(Code.INVALID_ARGUMENT, f"{param}: {message}", param=param, reason="invalid_value")
 
 
+def unsupported(param: str, message: str) -> PlatformError:
+    """The error for what OpenAI's API knows and this server cannot do: as there, it is the request that is at fault."""
+    return PlatformError(Code.INVALID_ARGUMENT, message, param=param, reason="unsupported_parameter")
+
+
 def _refuse(value: Mapping[str, Any], body: Body) -> None:
     for name, instead in body.refused.items():
         if value.get(name):  # null, false, 0 and what is empty ask for nothing
-            raise PlatformError(body.refused_code, f"{name} is not supported: {instead}", param=name)
+            raise unsupported(name, f"{name} is not supported: {instead}")
 
 
 def _named(error: ValidationError, value: object) -> PlatformError:

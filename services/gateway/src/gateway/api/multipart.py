@@ -63,3 +63,8 @@ def fields_of(form: FormData) -> dict[str, str]:
         if isinstance(value, str):
             fields[name] = value
     return fields
+
+
+def printable(text: str) -> str:
+    """Drops what would break a log line, a header or a terminal; for the names that clients give their files."""
+    return "".join(char for char in text if char.isprintable())

@@ -10,10 +10,9 @@ from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
 from gateway.api.inference import EVENT_STREAM, InferenceResponse, ask_of, graph_of
-from gateway.api.json_body import Body, invalid, read_json
+from gateway.api.json_body import Body, invalid, read_json, unsupported
 from gateway.api.openai_answers import CHAT_COMPLETION
 from gateway.api.openai_chat_rendering import ChatRendering
 from gateway.api.openai_constraints import ConstrainedBody, ResponseFormat
@@ -170,7 +169,7 @@ class ChatBody(SamplingBody, ConstrainedBody):
         schema = ""
         if grammar is not None:
             if grammar.kind not in ("json_object", "json_schema"):
-                raise PlatformError(Code.UNIMPLEMENTED, f"{name} is not supported beside tools", param=name)
+                raise unsupported(name, f"{name} is not supported beside tools")
             schema = grammar.source or '{"type": "object"}'
         tools = [(self.tools or [])[place] for place in places]
         is_parallel = self.parallel_tool_calls is not False

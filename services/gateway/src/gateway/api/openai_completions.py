@@ -11,10 +11,9 @@ from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
 from gateway.api.inference import EVENT_STREAM, DataEvents, InferenceResponse, JsonObject, ask_of, graph_of
-from gateway.api.json_body import invalid, read_json
+from gateway.api.json_body import invalid, read_json, unsupported
 from gateway.api.openai_answers import TEXT_COMPLETION
 from gateway.api.openai_constraints import ConstrainedBody
 from gateway.api.openai_logprobs import CompletionLogprobs
@@ -82,14 +81,14 @@ class CompletionBody(SamplingBody, ConstrainedBody):
     def requests(self, tenant: str) -> list[GraphRequest]:
         """What the graph is asked, one for each prompt.
 
-        Raises INVALID_ARGUMENT for fields that do not fit together, UNIMPLEMENTED for a best_of that would choose.
+        Raises INVALID_ARGUMENT for fields that do not fit together, and for a best_of that would choose.
         """
         self.check_options()
         prompts = prompts_of(self.prompt)
         if (num_choices := len(prompts) * (self.n or 1)) > MAX_CHOICES:
             raise invalid("prompt", f"prompts times n make {num_choices} completions, at most {MAX_CHOICES} are run")
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise PlatformError(Code.UNIMPLEMENTED, "best_of other than n is not supported", param="best_of")
+            raise unsupported("best_of", "best_of other than n is not supported")
         max_tokens = _DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         grammar, _ = self.constraint()
         return [

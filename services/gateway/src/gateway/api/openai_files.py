@@ -11,11 +11,10 @@ from starlette.datastructures import FormData
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from chassis.errors import Code, PlatformError
 from gateway.api.identity import principal_of
 from gateway.api.inference import json_response
-from gateway.api.json_body import Body, validate
-from gateway.api.multipart import fields_of, file_of, read_form
+from gateway.api.json_body import Body, unsupported, validate
+from gateway.api.multipart import fields_of, file_of, printable, read_form
 from gateway.api.openapi import documented
 from gateway.api.openapi_schemas import COUNT, FILE, FLAG, TEXT, TIME, form, one_of, page, record
 from gateway.core.documents import FileContent
@@ -131,21 +130,16 @@ async def _add(uploads: Uploads, tenant: str, form: FormData) -> Upload:
     file = file_of(form)
     fields: Mapping[str, str] = fields_of(form)
     if any(name.startswith("expires_after") for name in fields):
-        raise PlatformError(Code.UNIMPLEMENTED, "files do not expire: delete them", param="expires_after")
+        raise unsupported("expires_after", "files do not expire: delete them")
     body = validate(fields, _UploadBody)
-    filename = _printable(file.filename or "")[-_MAX_FILENAME_CHARS:]
+    filename = printable(file.filename or "")[-_MAX_FILENAME_CHARS:]
     return await uploads.add(
         tenant,
         file.file,
         filename=filename or "upload",
-        content_type=_printable(file.content_type or "")[:200],
+        content_type=printable(file.content_type or "")[:200],
         purpose=Purpose(body.purpose),
     )
-
-
-def _printable(text: str) -> str:
-    """Drops what would break a log line or a header."""
-    return "".join(char for char in text if char.isprintable())
 
 
 async def _checked(content: FileContent, upload: Upload) -> AsyncGenerator[bytes]:

@@ -14,7 +14,7 @@ from chassis.errors import Code, PlatformError
 from gateway.api.http_jobs import cancel
 from gateway.api.identity import principal_of
 from gateway.api.inference import json_response
-from gateway.api.json_body import Body, read_json
+from gateway.api.json_body import Body, read_json, unsupported
 from gateway.api.openai_files import page_shape
 from gateway.api.openai_params import ModelName
 from gateway.api.openapi import documented
@@ -89,15 +89,11 @@ class OrderBody(Body):
 
     def _refuse_what_is_missing(self) -> None:
         if self.validation_file is not None:
-            raise PlatformError(
-                Code.INVALID_ARGUMENT,
-                "validation files are not supported; evaluate the tuned model with POST /v1/evaluations",
-                param="validation_file",
-                reason="unsupported_parameter",
-            )
+            message = "validation files are not supported; evaluate the tuned model with POST /v1/evaluations"
+            raise unsupported("validation_file", message)
         if self.method is not None and self.method.type != "supervised":
             message = f"the method {self.method.type!r} is not supported; there is: supervised"
-            raise PlatformError(Code.UNIMPLEMENTED, message, param="method.type")
+            raise unsupported("method.type", message)
 
     def _chosen(self) -> _Hyperparameters:
         """Those of the method, or in OpenAI's older place; both are taken where they say the same."""
@@ -170,7 +166,7 @@ def finetuning_router(finetuning: Finetuning, catalog: Catalog, jobs: JobStore, 
         after: Annotated[str | None, Query(max_length=100)] = None,
     ) -> dict[str, Any]:
         if any(name.startswith("metadata") for name in request.query_params):
-            raise PlatformError(Code.UNIMPLEMENTED, "jobs cannot be sought by metadata", param="metadata")
+            raise unsupported("metadata", "jobs cannot be sought by metadata")
         found = await finetuning.newest(principal_of(request).tenant, limit=limit + 1, after=after)
         return page_shape([job_shape(one) for one in found[:limit]], has_more=len(found) > limit)
 

@@ -93,7 +93,6 @@ class ResponseBody(Body):
             "store": "answers are not kept: send store: false, or leave it out",
         }
     )
-    refused_code: ClassVar[Code] = Code.INVALID_ARGUMENT
 
     model: ModelName
     input: Input
