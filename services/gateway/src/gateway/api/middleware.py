@@ -4,7 +4,6 @@ Pure ASGI like all middleware here: with Starlette's BaseHTTPMiddleware a stalle
 stream's generator running for ever.
 """
 
-import asyncio
 import logging
 import re
 import time
@@ -73,8 +72,6 @@ class _Exchange:
             await self._app(self._scope, self._receive, self._send)
         except PlatformError as error:
             await self._refuse(error)
-        except asyncio.CancelledError:
-            raise
         except Exception:
             log.exception("request failed unexpectedly", extra={"path": self._scope["path"][:200]})
             await self._refuse(errors.internal_error())

@@ -105,6 +105,7 @@ class Serving:
     @asynccontextmanager
     async def hold(self, ask: Ask) -> AsyncIterator[None]:
         """Holds every stage; raises what a stage raises, and PERMISSION_DENIED. For what is no graph: the encoders."""
+        self.permit(ask.principal, ask.model)
         async with self._held(ask), self._admission.hold(ask):
             yield
 
@@ -129,7 +130,6 @@ class Serving:
 
     @asynccontextmanager
     async def _held(self, ask: Ask) -> AsyncIterator[None]:
-        self.permit(ask.principal, ask.model)
         async with AsyncExitStack() as held:
             for stage in self._stages:
                 await held.enter_async_context(stage.hold(ask))
