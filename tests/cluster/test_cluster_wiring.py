@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from pydantic_core import PydanticUndefined
 
 from chassis.app import LIVENESS
 from chassis.settings import ServiceSettings
@@ -54,7 +53,7 @@ def test_a_service_is_told_what_its_settings_ask_for_and_nothing_they_do_not_kno
     told = cluster.environment(service)
     known = {prefix + field.upper() for field in settings.model_fields}
     assert {name for name in told if name.startswith(prefix)} - known == set()
-    required = {prefix + n.upper() for n, f in settings.model_fields.items() if f.default is PydanticUndefined}
+    required = {prefix + n.upper() for n, f in settings.model_fields.items() if f.is_required()}
     assert required - set(told) == set()
     for name, value in told.items():
         monkeypatch.setenv(name, value)
