@@ -72,15 +72,7 @@ class SqliteBatches:
         """Returns the tenant's batches, newest first, those behind `after`."""
 
         def query(connection: sqlite3.Connection) -> list[Batch]:
-            rows = connection.execute(
-                _SELECT
-                + """
-                WHERE tenant = :tenant
-                    AND (:after IS NULL OR seq < (SELECT seq FROM jobs WHERE job_id = :after AND tenant = :tenant))
-                ORDER BY seq DESC LIMIT :limit
-                """,
-                {"tenant": tenant, "after": after, "limit": limit},
-            )
+            rows = sqlite_jobs.newest(connection, _SELECT, tenant, limit=limit, after=after)
             return [_batch(row) for row in rows]
 
         return await self._database.read(query)

@@ -77,15 +77,7 @@ class SqliteFinetunes:
         """Returns the tenant's jobs, newest first, those behind `after`."""
 
         def query(connection: sqlite3.Connection) -> list[Finetune]:
-            rows = connection.execute(
-                _SELECT
-                + """
-                WHERE tenant = :tenant
-                    AND (:after IS NULL OR seq < (SELECT seq FROM jobs WHERE job_id = :after AND tenant = :tenant))
-                ORDER BY seq DESC LIMIT :limit
-                """,
-                {"tenant": tenant, "after": after, "limit": limit},
-            )
+            rows = sqlite_jobs.newest(connection, _SELECT, tenant, limit=limit, after=after)
             return [_finetune(row) for row in rows]
 
         return await self._database.read(query)

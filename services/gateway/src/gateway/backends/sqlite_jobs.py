@@ -59,6 +59,21 @@ class SqliteJobs:
         return int(self._now() * 1000)
 
 
+def newest(
+    connection: sqlite3.Connection, select: str, tenant: str, *, limit: int, after: str | None
+) -> sqlite3.Cursor:
+    """What `select` reads of the tenant's jobs, newest first, those behind the job `after`."""
+    return connection.execute(
+        select
+        + """
+        WHERE tenant = :tenant
+            AND (:after IS NULL OR seq < (SELECT seq FROM jobs WHERE job_id = :after AND tenant = :tenant))
+        ORDER BY seq DESC LIMIT :limit
+        """,
+        {"tenant": tenant, "after": after, "limit": limit},
+    )
+
+
 def insert(connection: sqlite3.Connection, job: Job, message_id: str) -> None:
     """Adds a job; to be called inside a unit of work, together with its message."""
     connection.execute(

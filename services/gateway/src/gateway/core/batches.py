@@ -14,7 +14,13 @@ from gateway.core import creation
 from gateway.core.batch_lines import Fault, Result
 from gateway.core.jobs import Job, JobStatus
 from gateway.core.outbox import Message
-from gateway.core.uploads import Purpose, Upload, UploadStore, file_not_found
+from gateway.core.uploads import (
+    Purpose,
+    Upload,
+    UploadStore,
+    check_purpose,
+    file_not_found,
+)
 
 TYPE = "batch"
 MAX_UNFINISHED_JOBS = 20  # of one tenant
@@ -147,14 +153,7 @@ class Batches:
         upload = await self._uploads.get(tenant, input_file)
         if upload is None:
             raise file_not_found(input_file, "input_file_id")
-        if upload.purpose is not Purpose.BATCH:
-            raise PlatformError(
-                Code.INVALID_ARGUMENT,
-                f"the file {upload.upload_id} was uploaded for {upload.purpose.value!r}; a batch needs one with the "
-                "purpose 'batch'",
-                param="input_file_id",
-                reason="invalid_file_purpose",
-            )
+        check_purpose(upload, Purpose.BATCH, "input_file_id", "a batch needs one with the purpose 'batch'")
         job_id = f"batch_{creation.new_id('job')}"
         if creation.may_exist() and (existing := await self._store.get(tenant, job_id)):
             return existing

@@ -15,7 +15,13 @@ from chassis.errors import Code, PlatformError
 from gateway.core import creation
 from gateway.core.jobs import Job
 from gateway.core.outbox import Message
-from gateway.core.uploads import Purpose, Upload, UploadStore, file_not_found
+from gateway.core.uploads import (
+    Purpose,
+    Upload,
+    UploadStore,
+    check_purpose,
+    file_not_found,
+)
 
 TYPE = "train"
 MAX_UNFINISHED_JOBS = 20  # of one tenant; they are trained one after the other
@@ -164,14 +170,7 @@ class Finetuning:
         upload = await self._uploads.get(tenant, order.training_file)
         if upload is None:
             raise file_not_found(order.training_file, "training_file")
-        if upload.purpose is not Purpose.FINE_TUNE:
-            raise PlatformError(
-                Code.INVALID_ARGUMENT,
-                f"the file {upload.upload_id} was uploaded for {upload.purpose.value!r}; a training file needs the "
-                "purpose 'fine-tune'",
-                param="training_file",
-                reason="invalid_file_purpose",
-            )
+        check_purpose(upload, Purpose.FINE_TUNE, "training_file", "a training file needs the purpose 'fine-tune'")
         job_id = f"ftjob-{creation.new_id('job')}"
         if creation.may_exist() and (existing := await self._store.get(tenant, job_id)):
             return existing

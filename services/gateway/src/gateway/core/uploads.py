@@ -118,6 +118,17 @@ def file_not_found(upload_id: str, param: str = "file_id") -> PlatformError:
     return PlatformError(Code.NOT_FOUND, f"no such file: {upload_id[:100]!r}", param=param, reason="file_not_found")
 
 
+def check_purpose(upload: Upload, wanted: Purpose, param: str, needs: str) -> None:
+    """Raises INVALID_ARGUMENT for a file that was uploaded for something else; `needs` says what would do."""
+    if upload.purpose is not wanted:
+        raise PlatformError(
+            Code.INVALID_ARGUMENT,
+            f"the file {upload.upload_id} was uploaded for {upload.purpose.value!r}; {needs}",
+            param=param,
+            reason="invalid_file_purpose",
+        )
+
+
 def file_is_used(upload_id: str) -> PlatformError:
     """The error for a file that cannot go yet."""
     return PlatformError(
